@@ -1,0 +1,65 @@
+"""The K/V buffer: static tensors, one slot a canvas position, one trash slot at the end.
+
+Keys are stored after RoPE, so nothing is rotated twice. Addresses never change during a decode (CUDA graphs need that); a
+forward overwrites the slots of its lanes in place. Dead lanes, which only pad a batch to one width, write to the trash slot, so
+a wide refresh wanted by one row cannot refresh another row's stale keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class KVBuffer(nn.Module):
+    """Keys and values of every layer, plus the last hidden row of every slot for models with shift 1.
+
+    keys, values: [layers, B, S, H, D];  hidden: [B, S, width], or None when the model does not need it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor | None
+    base: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        hidden_width: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        shape = (layers, rows, slots, kv_heads, head_dim)
+        self.rows, self.slots = rows, slots
+        self.register_buffer("keys", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("values", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        hidden = None if hidden_width is None else torch.zeros(rows, slots, hidden_width, dtype=dtype, device=device)
+        self.register_buffer("hidden", hidden, persistent=False)
+        base = torch.arange(rows, device=device).unsqueeze(1) * slots
+        self.register_buffer("base", base, persistent=False)
+
+    def flat(self, slots: Int[Tensor, "B W"]) -> Int[Tensor, "BW"]:
+        """Slots of each row as indices into the flattened [B * S] buffers."""
+        return (slots + self.base).flatten()
+
+    def write(
+        self, layer: int, index: Int[Tensor, "BW"], keys: Float[Tensor, "B W H D"], values: Float[Tensor, "B W H D"]
+    ) -> tuple[Float[Tensor, "B S H D"], Float[Tensor, "B S H D"]]:
+        """Store one layer's new keys and values in place; return that layer's whole buffers."""
+        layer_keys, layer_values = self.keys[layer], self.values[layer]
+        # Whole rows move at once: index_copy_ on [B * S, H * D] is a plain memcpy per lane on every backend.
+        layer_keys.view(self.rows * self.slots, -1).index_copy_(0, index, keys.reshape(index.numel(), -1))
+        layer_values.view(self.rows * self.slots, -1).index_copy_(0, index, values.reshape(index.numel(), -1))
+        return layer_keys, layer_values
+
+    def write_hidden(self, index: Int[Tensor, "BW"], hidden: Float[Tensor, "B W width"]) -> None:
+        if self.hidden is not None:
+            width = hidden.shape[-1]
+            self.hidden.view(-1, width).index_copy_(0, index, hidden.reshape(-1, width))

@@ -1,0 +1,247 @@
+"""decode(): the driver. Build the state, step until nobody is left, package what came out. It knows no method.
+
+    output = decode(model, d2f(block_length=16), prompts, max_new_tokens=96, cache=BlockCausalCache())
+    output.tokens[0]        answer ids of the first row
+
+`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decoders.base import DecodeError, Decoder, check
+from dllm_toolkit.engine import Asked, Engine
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.state import State, begin_state
+from dllm_toolkit.types import ModelSpec, Result
+
+Template = Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The account of a decode, one number a row, except `seconds` (wall time of the loop, prefill included).
+
+    nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
+    method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
+    """
+
+    nfe: list[int]
+    lanes: list[int]
+    steps: list[int]
+    commits: list[int]
+    forced: list[int]
+    edits: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a decode returns.
+
+    tokens: the answer of each row, its whole budget; behind its end stands end-of-text. canvas, born [B, L]; begin, end [B].
+    """
+
+    tokens: list[list[int]]
+    canvas: Int[Tensor, "B L"]
+    born: Int[Tensor, "B L"]
+    begin: Int[Tensor, "B"]
+    end: Int[Tensor, "B"]
+    result: list[Result]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as it happened: the state before and after, and the (last) forward in between."""
+
+    before: State
+    after: State
+    asked: Asked
+
+
+def decode(
+    model: Model,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    templates: Sequence[Template] | None = None,
+    cache: Cache | None = None,
+    seed: int | Sequence[int] = 0,
+    max_steps: int | None = None,
+    compile: bool = False,
+    callback: Callable[[State], None] | None = None,
+    throw: bool = True,
+) -> Output:
+    """Decode answers for a batch of prompts of any lengths.
+
+    max_new_tokens: answer length, one for all or one a row. templates: instead of it, an answer skeleton for each row, where None is to be
+    decoded and an id is pinned (infilling). seed: noise key of each row; an int gives row i the key seed + i. max_steps: step limit
+    (default: four times the longest answer); a row that reaches it ends there, or raises DecodeError if `throw`.
+
+    Raises DecodeError for empty prompts, prompts beyond the model's positions, and parts that do not fit each other.
+    """
+    start = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, compile)
+    state, engine, budget = start
+    limit = max_steps if max_steps is not None else 4 * max(budget) + 16
+    _synchronise(state)
+    clock = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(limit + 1):
+            after = decoder.step(engine, state)
+            if engine.finished(after):
+                break
+            state = after
+            if callback is not None:
+                callback(state)
+        else:
+            state = _cut(state, limit, throw)
+        _synchronise(state)
+    return _package(state, engine, budget, time.perf_counter() - clock)
+
+
+def trace(
+    model: Model,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    templates: Sequence[Template] | None = None,
+    cache: Cache | None = None,
+    seed: int | Sequence[int] = 0,
+    max_steps: int | None = None,
+) -> Iterator[Step]:
+    """Step through a decode: the same arguments and states as `decode`, one `Step` at a time."""
+    state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
+    for _ in range(max_steps if max_steps is not None else 4 * max(budget) + 16):
+        with torch.inference_mode():
+            after = decoder.step(engine, state)
+        if engine.finished(after):
+            return
+        assert engine.last is not None
+        yield Step(state, after, engine.last)
+        state = after
+
+
+def _start(
+    model: Model,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int] | None,
+    templates: Sequence[Template] | None,
+    cache: Cache | None,
+    seed: int | Sequence[int],
+    compile: bool,
+) -> tuple[State, Engine, list[int]]:
+    spec = model.spec
+    cache = NoCache() if cache is None else cache
+    check(spec, decoder, cache)
+    answers = _templates(prompts, max_new_tokens, templates)
+    check_prompts(spec, prompts, [len(answer) for answer in answers])
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise DecodeError(f"one seed a prompt, got {len(seeds)} for {len(prompts)} prompts. Write seed: 0, or a list of that length.")
+    length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    if compile:
+        length = -(-length // 64) * 64  # few canvas lengths, few graphs
+    rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    state = begin_state(spec, rows, seeds, length=length, device=_device(model))
+    state = decoder.init(state)
+    budget = [len(answer) for answer in answers]
+    schedule = getattr(decoder, "schedule", None)
+    engine = Engine(
+        model, cache, state, max_reads=schedule.max_reads(max(budget)) if schedule is not None else None, compile=compile
+    )
+    return state, engine, budget
+
+
+def _templates(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] | None, templates: Sequence[Template] | None
+) -> list[Template]:
+    if (max_new_tokens is None) == (templates is None):
+        raise DecodeError(
+            f"write either max_new_tokens or templates, got max_new_tokens={max_new_tokens} and "
+            f"{'no' if templates is None else len(templates)} templates. One of them says how long the answers are."
+        )
+    if templates is None:
+        assert max_new_tokens is not None
+        lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        templates = [[None] * length for length in lengths]
+    if len(templates) != len(prompts):
+        raise DecodeError(f"one answer length a prompt, got {len(templates)} for {len(prompts)} prompts. Write one number for all.")
+    return list(templates)
+
+
+def check_prompts(spec: ModelSpec, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> None:
+    """Can these prompts be decoded by this model? Raises DecodeError for the first that cannot."""
+    if len(prompts) == 0:
+        raise DecodeError("nothing to decode, got no prompts. Give at least one list of token ids.")
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if len(prompt) == 0:
+            raise DecodeError(f"prompt {row} is empty. A model needs at least one token to start from. Write at least a start token.")
+        if answer < 1:
+            raise DecodeError(f"max_new_tokens must be 1 or more, got {answer} for prompt {row}. Write max_new_tokens: 96.")
+        if len(prompt) + answer > spec.max_positions:
+            raise DecodeError(
+                f"prompt {row} is too long, got {len(prompt)} tokens and {answer} to decode with {spec.max_positions} positions. "
+                f"Write max_new_tokens: {max(spec.max_positions - len(prompt), 0)}, or shorten the prompt."
+            )
+        if min(prompt) < 0 or max(prompt) >= spec.vocab_size:
+            raise DecodeError(
+                f"prompt {row} holds an id outside the vocabulary, got {min(prompt)} .. {max(prompt)} with {spec.vocab_size} rows. "
+                "Encode it with the checkpoint's own tokenizer."
+            )
+
+
+def _cut(state: State, limit: int, throw: bool) -> State:
+    """End the rows that reached the step limit; their text ends at their first mask."""
+    stuck = ~state.done
+    if throw and bool(stuck.any()):
+        raise DecodeError(
+            f"rows {stuck.nonzero().flatten().tolist()} did not finish in {limit} steps. The decoder keeps changing what it decided, or "
+            "max_steps is too small. Write a larger max_steps, or throw=False to get the text so far."
+        )
+    result = torch.where(stuck, int(Result.MAX_STEPS), state.result)
+    return replace(state, done=torch.ones_like(state.done), result=result).fill()
+
+
+def _package(state: State, engine: Engine, budget: list[int], seconds: float) -> Output:
+    begin = state.begin.tolist()
+    canvas = state.tokens.tolist()
+    return Output(
+        tokens=[row[first : first + size] for row, first, size in zip(canvas, begin, budget, strict=True)],
+        canvas=state.tokens,
+        born=state.born,
+        begin=state.begin,
+        end=state.end,
+        result=[Result(value) for value in state.result.tolist()],
+        stats=Stats(
+            nfe=engine.nfe.tolist(),
+            lanes=engine.lanes.tolist(),
+            steps=state.step.tolist(),
+            commits=((state.born >= 0) & ~state.fixed).sum(1).tolist(),
+            forced=state.forced.tolist(),
+            edits=state.edits.tolist(),
+            seconds=seconds,
+        ),
+    )
+
+
+def _device(model: Model) -> torch.device:
+    device = getattr(model, "device", None)
+    return torch.device("cpu") if device is None else torch.device(device)
+
+
+def _synchronise(state: State) -> None:
+    if state.tokens.is_cuda:
+        torch.cuda.synchronize(state.tokens.device)

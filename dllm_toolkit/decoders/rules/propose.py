@@ -1,0 +1,98 @@
+"""Which token would each read position take, and how sure is the model?
+
+Order of things, as in LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487): the mask id is never proposed; suppressed ids lose their
+logits; filters act on z / T; the token is a Gumbel-max sample or the argmax; its confidence is read from the clean distribution
+(`evidence: clean`) or from the filtered one (`evidence: filtered`, Dream).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dllm_toolkit.decoders.base import DecodeError, Propose
+from dllm_toolkit.ops import lanes, noise, sample, score
+from dllm_toolkit.registry import register
+from dllm_toolkit.state import Answer, Proposal, State
+
+Score = Literal["probability", "margin", "negative_entropy", "random"]
+Special = int | Literal["eos"]
+
+
+@register("propose", "sample")
+@dataclass(frozen=True)
+class Sample(Propose):
+    """Propose the argmax (temperature 0) or a sample, ranked by a confidence score.
+
+    score: probability c = p(token) | margin p1 - p2 | negative_entropy sum p ln p | random U(0, 1).
+    suppress: ids that are never proposed; defer: ids whose confidence is 0, so that they are committed last
+    (LLaDA's two end-of-text options; "eos" names the model's own ids). top_k 0 and top_p 1 are off.
+    """
+
+    cite = ("2502.09992", "2508.15487")
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    score: Score = "probability"
+    evidence: Literal["clean", "filtered"] = "clean"
+    suppress: tuple[Special, ...] = ()
+    defer: tuple[Special, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise DecodeError(f"temperature must be 0 or more, got {self.temperature}. 0 is the argmax. Write temperature: 0.7.")
+        if not 0 < self.top_p <= 1:
+            raise DecodeError(f"top_p must be in (0, 1], got {self.top_p}. It is a probability mass. Write top_p: 0.95.")
+        if self.top_k < 0:
+            raise DecodeError(f"top_k must be 0 (off) or more, got {self.top_k}. It is a number of tokens. Write top_k: 50.")
+
+    def __call__(self, answer: Answer, state: State) -> Proposal:
+        spec = state.spec
+        length = state.tokens.shape[1]
+        logits = _without(answer.logits, (spec.mask_id, *_ids(self.suppress, spec.eos_ids)))
+        filtered = logits / self.temperature if self.temperature else logits
+        if self.top_p < 1:
+            filtered = sample.filter_top_p(filtered, self.top_p)
+        if self.top_k:
+            filtered = sample.filter_top_k(filtered, self.top_k)
+        # z / T is already in the logits, so what is left is one draw at temperature 1, or the argmax.
+        draw = 1.0 if self.temperature else 0.0
+        tokens = sample.gumbel_argmax(filtered, draw, state.seed, state.step, answer.positions)  # [B, R]
+        evidence = logits if self.evidence == "clean" else filtered
+        if self.defer:
+            evidence = _without(evidence, _ids(self.defer, spec.eos_ids))
+        confidence = score.probability(evidence, tokens)  # [B, R]
+        ranked = self._rank(evidence, confidence, answer, state)
+        spread = lanes.to_canvas(confidence, answer.positions, length, float("-inf"))
+        rank = spread if ranked is confidence else lanes.to_canvas(ranked, answer.positions, length, float("-inf"))
+        chosen = lanes.to_canvas(tokens, answer.positions, length, spec.mask_id)
+        return Proposal(chosen, spread, rank, answer.logits, answer.positions)
+
+    def _rank(self, evidence: Tensor, confidence: Tensor, answer: Answer, state: State) -> Tensor:
+        if self.score == "probability":
+            return confidence
+        if self.score == "margin":
+            return score.margin(evidence)
+        if self.score == "negative_entropy":
+            return -score.entropy(evidence)
+        # The salt keeps these draws apart from the token noise of the same position.
+        salt = torch.full_like(state.seed, 0x5EED)
+        return noise.uniform(salt[:, None], state.seed[:, None], state.step[:, None], answer.positions)
+
+
+def _ids(wanted: tuple[Special, ...], eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(one for item in wanted for one in (eos_ids if item == "eos" else (int(item),)))
+
+
+def _without(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Logits with some ids at -inf. Each id is a column, so nothing is copied from the host."""
+    if len(ids) == 0:
+        return logits
+    logits = logits.clone()
+    for one in ids:
+        logits[..., one] = float("-inf")
+    return logits

@@ -1,0 +1,214 @@
+"""Where to decode: the whole answer, block after block, or several blocks in a pipeline.
+
+Blocks are counted from each row's own `begin`, so unequal prompts need no left padding:
+
+    row 0   p p p p | 1 1 1 1 | 2 2 2 2 | 3 3 3 3
+    row 1   p p | 1 1 1 1 | 2 2 2 2 | 3 3 3 3 | . .
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm_toolkit.decoders.base import DecodeError, Schedule
+from dllm_toolkit.ops import masks, select
+from dllm_toolkit.registry import register
+from dllm_toolkit.state import Region, State
+from dllm_toolkit.types import Canvas, Rows, Tokens
+
+
+def first_open_block(state: State, block: Tokens) -> Int[Tensor, "B"]:
+    """The first block that still holds a mask; L + 1 where there is none."""
+    beyond = state.masked.shape[1] + 1
+    return torch.where(state.masked, block, beyond).amin(1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """State of SemiAutoregressive: block of every position (constant), the open block, steps spent in it."""
+
+    block: Tokens
+    open: Int[Tensor, "B"]
+    spent: Int[Tensor, "B"]
+    answer: Int[Tensor, "B"]
+
+
+@register("schedule", "semi_autoregressive")
+@dataclass(frozen=True)
+class SemiAutoregressive(Schedule):
+    """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
+
+    `block_length` None opens the whole answer at once. `hold` (steps for the whole answer, shared out over blocks) keeps a block open
+    for its share of steps even when it is full: LLaDA's released loop does so and spends forwards on nothing. It changes no token.
+
+    Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
+    """
+
+    cite = ("2502.09992",)
+
+    block_length: int | None = 32
+    hold: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_length is not None and self.block_length < 1:
+            raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+
+    def max_reads(self, answer_length: int) -> int:
+        return min(self.block_length or answer_length, answer_length)
+
+    def init(self, state: State) -> Blocks:
+        length = state.tokens.shape[1]
+        block = masks.answer_blocks(state.begin, length, self.block_length or length)
+        return Blocks(block, first_open_block(state, block), torch.zeros_like(state.begin), state.masked.sum(1))
+
+    def region(self, state: State) -> Region:
+        own: Blocks = state.parts.schedule
+        open_now = own.open.unsqueeze(1)
+        inside = state.inside
+        here = (own.block == open_now) & inside
+        visible = state.positions < state.end.unsqueeze(1)
+        if state.spec.attention != "full":
+            visible = visible & (own.block <= open_now)
+        return Region(
+            read=here & ~state.fixed,
+            eligible=here & state.masked,
+            group=torch.zeros_like(own.block),  # one open block: one promise of progress a row
+            force=here,
+            visible=visible,
+            closed=own.block < open_now,
+            block=own.block,
+            epoch=own.open,
+        )
+
+    def advance(self, state: State) -> tuple[Blocks, Rows]:
+        own: Blocks = state.parts.schedule
+        following = torch.maximum(first_open_block(state, own.block), own.open)
+        move = (following > own.open) & state.settled
+        if self.hold is not None:
+            here = ((own.block == own.open.unsqueeze(1)) & state.inside).sum(1)
+            share = (self.hold * here).div(own.answer.clamp(min=1), rounding_mode="floor")
+            move = move & (own.spent + 1 >= share)
+        beyond = state.masked.shape[1] + 1
+        opened = torch.where(move, following, own.open)
+        return Blocks(own.block, opened, (own.spent + 1).masked_fill(move, 0), own.answer), opened == beyond
+
+
+@register("schedule", "whole_answer")
+def whole_answer() -> SemiAutoregressive:
+    """The whole answer is one block (LLaDA pure diffusion, Dream)."""
+    return SemiAutoregressive(block_length=None)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """State of Pipelined: block of every position, size of each block, number of blocks, how many are opened."""
+
+    block: Tokens
+    size: Int[Tensor, "B G"]
+    blocks: Int[Tensor, "B"]
+    opened: Int[Tensor, "B"]
+
+
+@register("schedule", "pipelined")
+@dataclass(frozen=True)
+class Pipelined(Schedule):
+    """Several blocks at once: a new one opens when the last opened one is decoded far enough.
+
+    decoded(b) = share of block b that is decided; the prompt counts as decoded.
+      open   block b + 1 when decoded(b) >= add_at, at most one a step, none after an end-of-text token;
+      force  block b + 1 must commit in every step once decoded(b) >= activate_at (fully activated); before that it commits only
+             what the rule is sure of (semi-activated);
+      close  block b when it and all before it are full, in order.
+
+        b1 x x x x | b2 x x . x | b3 . x . . | b4 (not opened)
+           closed     forced       semi-active
+
+    When an end-of-text token is committed in block j of a block-causal model, blocks after j are dropped: no earlier block can see
+    them, so the text before that token stays exactly the same. `finish_opened` keeps decoding them, as the released code does.
+    `max_open` caps the blocks in flight; `whole_blocks` drops the last, shorter block (released code: floor(max_new / block)).
+
+    Reference: D2F, arXiv 2508.09192, algorithm 2.
+    """
+
+    cite = ("2508.09192",)
+
+    block_length: int = 32
+    add_at: float = 0.1
+    activate_at: float = 0.95
+    max_open: int | None = None
+    finish_opened: bool = False
+    whole_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_length < 1:
+            raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+        for name in ("add_at", "activate_at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DecodeError(
+                    f"{name} must be in [0, 1], got {getattr(self, name)}. It is a decoded share of a block. Write {name}: 0.5."
+                )
+        if self.max_open is not None and self.max_open < 1:
+            raise DecodeError(f"max_open must be 1 or more, got {self.max_open}. It counts unfinished blocks. Write max_open: 4.")
+
+    def max_reads(self, answer_length: int) -> int:
+        return answer_length if self.max_open is None else min(answer_length, self.max_open * self.block_length)
+
+    def init(self, state: State) -> Pipeline:
+        block = masks.answer_blocks(state.begin, state.tokens.shape[1], self.block_length)
+        budget = state.end - state.begin
+        blocks = (budget + (0 if self.whole_blocks else self.block_length - 1)).div(self.block_length, rounding_mode="floor")
+        return Pipeline(block, select.group_count(state.inside, block), blocks, torch.ones_like(blocks).minimum(blocks))
+
+    def _decoded(self, own: Pipeline, state: State) -> Tensor:
+        """Decoded share of every block [B, G], float64 so that 7 / 10 >= 0.7 holds as it does in Python. Empty blocks are 1."""
+        left = select.group_count(state.masked, own.block)
+        return 1.0 - left.double() / own.size.clamp(min=1)
+
+    def _last(self, own: Pipeline, state: State) -> tuple[Int[Tensor, "B"], Rows]:
+        """The last block that is still worth decoding, and whether an end-of-text token was committed."""
+        beyond = state.masked.shape[1] + 1
+        ending = torch.where(state.is_eos(), own.block, beyond).amin(1)
+        last = own.opened
+        if state.spec.attention != "full" and not self.finish_opened:
+            last = torch.minimum(last, ending)
+        return last, ending < beyond
+
+    def region(self, state: State) -> Region:
+        own: Pipeline = state.parts.schedule
+        last, _ = self._last(own, state)
+        last = last.unsqueeze(1)
+        inside = state.inside
+        # What lies before the first unfinished block is closed; a full block behind an unfinished one is not, because its
+        # keys depend on what is still masked. Without masks everything opened is closed.
+        first = torch.minimum(first_open_block(state, own.block), own.opened + 1).unsqueeze(1)
+        opened = inside & (own.block <= last)
+        decoded = self._decoded(own, state).gather(1, (own.block - 1).clamp(min=0))
+        visible = state.positions < state.end.unsqueeze(1)
+        if state.spec.attention != "full":
+            visible = visible & (own.block <= last)
+        return Region(
+            read=opened & (own.block >= first) & ~state.fixed,
+            eligible=opened & state.masked,
+            group=own.block,
+            force=opened & (decoded >= self.activate_at),
+            visible=visible,
+            closed=own.block < first,
+            block=own.block,
+            epoch=first.squeeze(1),
+        )
+
+    def advance(self, state: State) -> tuple[Pipeline, Rows]:
+        own: Pipeline = state.parts.schedule
+        last, ended = self._last(own, state)
+        full = (self._decoded(own, state).gather(1, own.opened.unsqueeze(1)) >= self.add_at).squeeze(1)
+        more = full & (own.opened < own.blocks) & ~ended
+        if self.max_open is not None:
+            first = torch.minimum(first_open_block(state, own.block), own.opened + 1)
+            more = more & (own.opened + 1 - first < self.max_open)
+        waiting: Canvas = state.masked & (own.block <= last.unsqueeze(1))
+        nothing_left = ~waiting.any(1) & ((own.opened == own.blocks) | ended)
+        return replace(own, opened=own.opened + more.long()), nothing_left

@@ -1,0 +1,48 @@
+"""What the engine asks of a model: one call on packed lanes.
+
+A model sees *lanes*: tokens with positions and slots. A lane's key and value are written to its slot of the K/V buffer, and a
+lane may look at the slots that `allow` names. Rules, caches and blocks do not exist at this level.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_toolkit.cache.buffer import KVBuffer
+from dllm_toolkit.registry import declare
+from dllm_toolkit.types import ModelSpec
+
+
+class Query(NamedTuple):
+    """One forward. With no K/V buffer the keys are the lanes themselves: `slots` is None and S == W.
+
+    `read` names slots, not lanes: a shift-1 model reads position i from the row of position i - 1, which may have been
+    computed in an earlier forward and is then remembered by the buffer. None reads every lane.
+    """
+
+    tokens: Int[Tensor, "B W"]
+    positions: Int[Tensor, "B W"]
+    slots: Int[Tensor, "B W"] | None = None
+    allow: Bool[Tensor, "B W S"] | None = None
+    read: Int[Tensor, "B R"] | None = None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Anything that answers a Query. `spec` says what it is; `dtype` and `device` where its buffers belong.
+
+    Contract (checked by testing/contract.py): the answer for a read slot depends on the tokens and positions in the allowed
+    slots only; a lane of one row never depends on another row.
+    """
+
+    spec: ModelSpec
+
+    def __call__(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]: ...
+
+    def buffer(self, rows: int, slots: int) -> KVBuffer: ...
+
+
+declare("model", Model)

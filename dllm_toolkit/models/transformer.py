@@ -1,0 +1,351 @@
+"""One readable transformer for every model here: full, block-causal or causal attention is only a mask.
+
+Pre-norm residual blocks with RMSNorm, rotary embeddings (half-split), grouped or plain multi-head attention, optional q/k/v
+biases and SwiGLU: the layout of Llama, Qwen2, LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487). What differs between them is
+data in `TransformerConfig`. Numerics follow the originals: RMS statistics and rotations in float32, then a cast back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dllm_toolkit.cache.buffer import KVBuffer
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.models.base import Query
+from dllm_toolkit.registry import register
+from dllm_toolkit.types import Attention, ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ModelError(ToolkitError):
+    """A model configuration that cannot be built or saved."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and switches of a Transformer. Lengths in tokens, widths in features."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    attention: Attention = "full"
+    block_size: int | None = None
+    shift: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        assert self.kv_heads is not None and self.head_dim is not None
+        if self.heads % self.kv_heads:
+            raise ModelError(
+                f"heads must be a multiple of kv_heads, got heads={self.heads} and kv_heads={self.kv_heads}. Every key head serves "
+                f"the same number of query heads. Write kv_heads: {self.heads} for plain multi-head attention."
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim must be even, got {self.head_dim}. Rotary embeddings turn pairs. Write head_dim: 32.")
+        for name in ("mask_id", "pad_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
+                raise ModelError(
+                    f"{name} must be a row of the vocabulary, got {value} with vocab_size={self.vocab_size}. Write an id below it."
+                )
+
+    @property
+    def spec(self) -> ModelSpec:
+        assert self.kv_heads is not None and self.head_dim is not None
+        return ModelSpec(
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            width=self.width,
+            max_positions=self.max_positions,
+            attention=self.attention,
+            block_size=self.block_size,
+            shift=self.shift,
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Statistics in float32; the weight multiplies after the cast back, as in LLaDA and Qwen2."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+def rotate(
+    x: Float[Tensor, "B W H D"], cos: Float[Tensor, "B W 1 D"], sin: Float[Tensor, "B W 1 D"]
+) -> Float[Tensor, "B W H D"]:
+    """Rotary embedding, halves rotated against each other, computed in the tables' precision (float32 or wider)."""
+    wide = x.to(cos.dtype)
+    half = x.shape[-1] // 2
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return (wide * cos + turned * sin).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, both pre-norm and residual."""
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
+        super().__init__()
+        assert config.kv_heads is not None and config.head_dim is not None
+        self.index, self.heads, self.kv_heads, self.head_dim = index, config.heads, config.kv_heads, config.head_dim
+        width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.attention_norm = RMSNorm(width, config.norm_eps)
+        self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.mlp_norm = RMSNorm(width, config.norm_eps)
+        self.gate_proj = nn.Linear(width, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, width, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B W width"],
+        cos: Tensor,
+        sin: Tensor,
+        allow: Bool[Tensor, "B 1 W S"] | None,
+        causal: bool,
+        kv: KVBuffer | None,
+        index: Int[Tensor, "BW"] | None,
+    ) -> Float[Tensor, "B W width"]:
+        rows, lanes, _ = x.shape
+        normed = self.attention_norm(x)
+        q = rotate(self.q_proj(normed).view(rows, lanes, self.heads, self.head_dim), cos, sin)
+        k = rotate(self.k_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim), cos, sin)
+        v = self.v_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim)
+        if kv is not None:
+            assert index is not None
+            k, v = kv.write(self.index, index, k, v)  # [B, S, H, D]
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=allow,
+            is_causal=causal,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        x = x + self.o_proj(mixed.transpose(1, 2).reshape(rows, lanes, -1))
+        normed = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class Transformer(nn.Module):
+    """The native model: answers a Query (see models/base.py), trains through `logits`, saves itself as safetensors."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.config = config
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self._rotary_tables(torch.float32)
+        self.apply(self._initialise)
+
+    def _rotary_tables(self, dtype: torch.dtype) -> None:
+        config = self.config
+        assert config.head_dim is not None
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype)
+        frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
+        angle = torch.outer(torch.arange(config.max_positions, dtype=dtype), frequency)
+        angle = torch.cat((angle, angle), dim=-1)  # [max_positions, D]
+        device = self.embed.weight.device
+        self.register_buffer("cos", angle.cos().to(device), persistent=False)
+        self.register_buffer("sin", angle.sin().to(device), persistent=False)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        """Move and cast as usual, but keep the rotary tables at float32 or wider: bf16 angles are wrong by whole radians."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype != self._rotary_dtype and self.cos.device.type != "meta":
+            self.rebuild_rotary_tables()
+        return self
+
+    @property
+    def _rotary_dtype(self) -> torch.dtype:
+        return torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
+
+    def rebuild_rotary_tables(self) -> None:
+        """Compute the rotary tables anew on the weights' device; needed after `to_empty`, which leaves buffers undefined."""
+        self._rotary_tables(self._rotary_dtype)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.config.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def buffer(self, rows: int, slots: int) -> KVBuffer:
+        """An empty K/V buffer for `rows` canvases of `slots` slots, on this model's device."""
+        config = self.config
+        assert config.kv_heads is not None and config.head_dim is not None
+        return KVBuffer(
+            rows,
+            slots,
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            hidden_width=config.width if config.shift else None,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def with_attention(self, attention: Attention, block_size: int | None = None) -> Transformer:
+        """The same weights under another attention rule (a D2F student is its teacher, block-causal). Changes in place."""
+        self.config = replace(self.config, attention=attention, block_size=block_size)
+        return self
+
+    def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
+        """Logits of the read slots. Writes the lanes' keys and values into `kv` when one is given."""
+        x = self.embed(query.tokens)  # [B, W, width]
+        cos, sin = self.cos[query.positions].unsqueeze(2), self.sin[query.positions].unsqueeze(2)  # [B, W, 1, D]
+        index = None if kv is None or query.slots is None else kv.flat(query.slots)
+        allow = None if query.allow is None else query.allow.unsqueeze(1)  # [B, 1, W, S]
+        causal = kv is None and allow is None and self.config.attention == "causal"
+        for layer in self.layers:
+            x = layer(x, cos, sin, allow, causal, kv, index)
+        hidden = self.norm(x)  # [B, W, width]
+        if kv is not None and kv.hidden is not None:
+            assert index is not None
+            kv.write_hidden(index, hidden)
+            hidden = kv.hidden  # [B, S, width]
+        elif kv is not None and query.read is not None:
+            hidden, query = self._lanes_of(hidden, query, kv)
+        if query.read is not None:
+            hidden = hidden.gather(1, query.read.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, R, width]
+        return self.lm_head(hidden)
+
+    def _lanes_of(self, hidden: Tensor, query: Query, kv: KVBuffer) -> tuple[Tensor, Query]:
+        """Turn read slots into read lanes: without a shift every slot that is read was computed in this very forward."""
+        assert query.slots is not None and query.read is not None
+        lanes = torch.arange(hidden.shape[1], device=hidden.device).expand_as(query.slots)
+        lane_of = torch.zeros(kv.rows, kv.slots, dtype=torch.long, device=hidden.device).scatter_(1, query.slots, lanes)
+        return hidden, query._replace(read=lane_of.gather(1, query.read))
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "B L"],
+        allow: Bool[Tensor, "B L L"] | None = None,
+        positions: Int[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Dense logits for training and tests, aligned: row i is the distribution of the token AT position i.
+
+        `allow` None: everybody sees everybody (causal models: the past). With shift 1, row 0 has no predictor and repeats row 1's.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        raw = self(Query(tokens, positions, None, allow, None))
+        return torch.cat((raw[:, :1], raw[:, :-1]), dim=1) if self.config.shift else raw
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files; the directory loads back with `models.load`."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().to("cpu", dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+        config = {"model_type": "dllm_toolkit", "architectures": ["Transformer"], **asdict(self.config)}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(directory))
+
+
+@register("model", "transformer")
+def transformer(
+    vocab_size: int,
+    mask_id: int,
+    eos_ids: list[int],
+    pad_id: int,
+    width: int = 256,
+    layers: int = 6,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    mlp_width: int | None = None,
+    max_positions: int = 512,
+    rope_theta: float = 10000.0,
+    attention: Attention = "full",
+    block_size: int | None = None,
+    shift: Literal[0, 1] = 0,
+    seed: int = 0,
+) -> Transformer:
+    """A freshly initialised Transformer (std 0.02), for training from scratch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Transformer(
+            TransformerConfig(
+                vocab_size=vocab_size,
+                width=width,
+                layers=layers,
+                heads=heads,
+                kv_heads=kv_heads,
+                mlp_width=mlp_width if mlp_width is not None else -(-width * 8 // 3 // 32) * 32,
+                mask_id=mask_id,
+                eos_ids=tuple(eos_ids),
+                pad_id=pad_id,
+                max_positions=max_positions,
+                rope_theta=rope_theta,
+                attention=attention,
+                block_size=block_size,
+                shift=shift,
+            )
+        )

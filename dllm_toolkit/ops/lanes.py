@@ -1,0 +1,33 @@
+"""Between canvas and lanes: packing the positions that are wanted now into a narrow batch, and spreading results back.
+
+    canvas   . x . x x .      pack, W = 4      lanes  1 3 4 L      (L: dead lane, maps to the trash slot)
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+def pack(wanted: Bool[Tensor, "B L"], width: int) -> Int[Tensor, "B W"]:
+    """Positions of the first `width` wanted entries of each row, in order; the rest of the row is L (dead lanes)."""
+    rows, length = wanted.shape
+    rank = wanted.cumsum(1)  # 1-based place of each wanted position
+    place = torch.where(wanted & (rank <= width), rank - 1, width)
+    positions = torch.arange(length, device=wanted.device).expand(rows, length)
+    # Column `width` catches everything unwanted and is cut off.
+    return torch.full((rows, width + 1), length, device=wanted.device).scatter(1, place, positions)[:, :width]
+
+
+def to_canvas(values: Shaped[Tensor, "B R"], positions: Int[Tensor, "B R"], length: int, fill: float | int | bool) -> Tensor:
+    """Spread lane values over the canvas [B, L]; positions == L (dead lanes) are dropped; everything else is `fill`."""
+    canvas = torch.full((values.shape[0], length + 1), fill, dtype=values.dtype, device=values.device)
+    return canvas.scatter(1, positions, values)[:, :length]
+
+
+def to_lanes(canvas: Shaped[Tensor, "B L"], positions: Int[Tensor, "B R"], fill: float | int | bool) -> Tensor:
+    """Canvas values at the lanes' positions [B, R]; dead lanes get `fill`."""
+    length = canvas.shape[1]
+    values = canvas.gather(1, positions.clamp(max=length - 1))
+    return values.masked_fill(positions >= length, fill)

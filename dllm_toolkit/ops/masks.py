@@ -1,0 +1,50 @@
+"""Who may look at whom: one formula for training and decoding.
+
+    full              block_causal (blocks 0 0 | 1 1 | 2 2)        causal
+    q\\k 0 1 2 3       q\\k 0 1 2 3 4 5                             q\\k 0 1 2 3
+    0   x x x x       0   x x . . . .                              0   x . . .
+    1   x x x x       1   x x . . . .                              1   x x . .
+    2   x x x x       2   x x x x . .                              2   x x x .
+    3   x x x x       4   x x x x x x                              3   x x x x
+
+Block 0 is the prompt; answer blocks count from 1 and start at the prompt's end, as in D2F (arXiv 2508.09192).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm_toolkit.types import Attention
+
+
+def answer_blocks(begin: Int[Tensor, "B"], length: int, block_length: int) -> Int[Tensor, "B L"]:
+    """Block index of every position: 0 up to each row's `begin`, then 1, 2, ... for each `block_length` positions."""
+    offset = torch.arange(length, device=begin.device) - begin.unsqueeze(1)
+    return torch.where(offset < 0, 0, offset.div(block_length, rounding_mode="floor") + 1)
+
+
+def block_causal(block: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """allow[b, q, k] = block[b, k] <= block[b, q]."""
+    return block.unsqueeze(1) <= block.unsqueeze(2)
+
+
+def lanes_allow(
+    attention: Attention,
+    visible: Bool[Tensor, "B L"],
+    block: Int[Tensor, "B L"],
+    positions: Int[Tensor, "B W"],
+) -> Bool[Tensor, "B W L"]:
+    """What each lane may see of the canvas: everything visible that the model's attention rule lets through.
+
+    positions: canvas position of each lane; L stands for "dead lane" and sees what position L - 1 sees.
+    """
+    keys = visible.unsqueeze(1)  # [B, 1, L]
+    if attention == "full":
+        return keys.expand(-1, positions.shape[1], -1)
+    length = block.shape[1]
+    where = positions.clamp(max=length - 1)
+    if attention == "causal":
+        return keys & (torch.arange(length, device=block.device) <= where.unsqueeze(2))
+    return keys & (block.unsqueeze(1) <= block.gather(1, where).unsqueeze(2))
