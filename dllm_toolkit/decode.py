@@ -155,8 +155,9 @@ def _start(
     if compile:
         length = -(-length // 64) * 64  # few canvas lengths, few graphs
     rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-    state = begin_state(spec, rows, seeds, length=length, device=_device(model))
-    state = decoder.init(state)
+    # In inference mode like every later state: a compiled step would otherwise be compiled twice, once for the first state alone.
+    with torch.inference_mode():
+        state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
     schedule = getattr(decoder, "schedule", None)
     engine = Engine(

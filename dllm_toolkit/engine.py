@@ -61,7 +61,7 @@ class Engine:
         self.compile = compile
         self.max_reads = max_reads
         self.widths = widths or buckets(length)
-        self._units: dict[str, Callable[..., Any]] = {}
+        self._units: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._forward: Callable[..., Tensor] = (
             torch.compile(model, mode="reduce-overhead", dynamic=False) if compile else model
         )
@@ -101,14 +101,14 @@ class Engine:
         """`function` compiled as one graph when this engine compiles, itself otherwise."""
         if not self.compile:
             return function
-        name = function.__qualname__
-        if name not in self._units:
-            self._units[name] = torch.compile(function, fullgraph=True, dynamic=False)
-        return self._units[name]
+        # Keyed by the bound method, not its name: a decoder may hold two template decoders.
+        if function not in self._units:
+            self._units[function] = torch.compile(function, fullgraph=True, dynamic=False)
+        return self._units[function]
 
     def _widths(self, busiest: int, reads: int, length: int) -> tuple[int, int]:
         if not self.compile:
-            return busiest, max(reads, 1)
+            return max(busiest, 1), max(reads, 1)
         return next(width for width in self.widths if width >= busiest), min(self.max_reads or length, length)
 
     def _query(
@@ -136,8 +136,10 @@ class Engine:
 
     def _nothing(self, state: State) -> Answer:
         rows, length = state.tokens.shape
-        reads = min(self.max_reads or 1, length) if self.compile else 1
-        logits = torch.zeros(rows, reads, state.spec.vocab_size, device=state.tokens.device)
+        _, reads = self._widths(0, 0, length)
+        # Shape and type of every other answer, so that the last step needs no graph of its own.
+        dtype = None if self.last is None else self.last.answer.logits.dtype
+        logits = torch.zeros(rows, reads, state.spec.vocab_size, dtype=dtype, device=state.tokens.device)
         return Answer(logits, torch.full((rows, reads), length, device=state.tokens.device))
 
 

@@ -23,7 +23,18 @@ from dllm_toolkit.recipe_hints import ALIASES, COMPONENT, Lazy, digest
 from dllm_toolkit.recipe_schema import Checked, check
 from dllm_toolkit.yaml_marks import Node, dump, join, kind_of, node_of, read, scalar
 
-__all__ = ["Lazy", "Mark", "Recipe", "RecipeError", "RecipeErrors", "build", "describe", "load", "validate"]
+__all__ = [
+    "Lazy",
+    "Mark",
+    "Recipe",
+    "RecipeError",
+    "RecipeErrors",
+    "build",
+    "describe",
+    "load",
+    "override",
+    "validate",
+]
 
 T = TypeVar("T")
 
@@ -74,10 +85,15 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     keeps its arguments; `rows.0.cache=dual` reaches into a list. Raises `RecipeError`.
     """
     path = Path(path)
-    root = _with_base(path, ())
+    return Recipe(path, override(_with_base(path, ()), overrides))
+
+
+def override(node: Any, overrides: Sequence[str]) -> Node:
+    """`node` (a node, or plain data) with `key=value` texts applied, from left to right."""
+    changed = node_of(node)
     for text in overrides:
-        root = _override(root, text)
-    return Recipe(path, root)
+        changed = _override(changed, text)
+    return changed
 
 
 def validate(node: Any, annotation: Any, path: str = "") -> list[RecipeError]:
@@ -106,8 +122,8 @@ def _check(node: Node, annotation: Any, path: str = "") -> Checked:
 
 
 def _with_base(path: Path, children: tuple[Path, ...]) -> Node:
-    own = path.resolve()
     root = read(path)
+    own = path.resolve()
     base = root.value.get("base")
     if base is None:
         return root
@@ -118,9 +134,7 @@ def _with_base(path: Path, children: tuple[Path, ...]) -> Node:
         chain = " -> ".join(file.name for file in (*children, own, parent_path.resolve()))
         raise RecipeError(base.mark, "base", f"the recipes start from each other: {chain}. Break the circle.")
     if not parent_path.is_file():
-        raise RecipeError(
-            base.mark, "base", f"there is no recipe {str(parent_path)!r}. The path starts at this file."
-        )
+        raise RecipeError(base.mark, "base", f"there is no recipe {str(parent_path)!r}. The path starts at this file.")
     parent = _with_base(parent_path, (*children, own))
     rest = {key: child for key, child in root.value.items() if key != "base"}
     return _merge(parent, dataclasses.replace(root, value=rest))
@@ -146,9 +160,7 @@ def _present(mapping: Mapping[str, Node], key: str) -> str:
     """`key`, or the other name under which the mapping holds it (`gen_length` for `max_new_tokens`)."""
     if key in mapping:
         return key
-    others = (
-        [ALIASES[key].name] if key in ALIASES else [alias for alias in ALIASES if ALIASES[alias].name == key]
-    )
+    others = [ALIASES[key].name] if key in ALIASES else [alias for alias in ALIASES if ALIASES[alias].name == key]
     return next((other for other in others if other in mapping), key)
 
 
@@ -166,10 +178,11 @@ def _override(root: Node, text: str) -> Node:
 
 def _put(node: Node | None, parts: Sequence[str], value: Node, path: str) -> Node:
     if not parts:
-        renames = node is not None and isinstance(node.value, dict) and COMPONENT in node.value
-        if renames and isinstance(value.value, str):
-            return dataclasses.replace(node, value={**node.value, COMPONENT: value})
-        return value
+        if node is None or not isinstance(node.value, dict) or COMPONENT not in node.value:
+            return value
+        if not isinstance(value.value, str):
+            return value
+        return dataclasses.replace(node, value={**node.value, COMPONENT: value})
     head, rest = parts[0], parts[1:]
     if node is None or node.value is None:
         node = Node({}, value.mark)
@@ -216,23 +229,22 @@ def _describe(thing: Any, label: str, depth: int) -> Iterator[str]:
     if not _has_parts(thing):
         yield f"{head}{_short(thing)}"
         return
-    fields = [(item.name, getattr(thing, item.name)) for item in dataclasses.fields(thing) if item.repr]
+    items = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    fields = [(item.name, getattr(thing, item.name)) for item in items if item.repr]
     plain = ", ".join(f"{name}={_short(value)}" for name, value in fields if not _is_nested(value))
-    name = registry.name_of(thing) or type(thing).__name__
+    name = registry.name_of(type(thing)) or type(thing).__name__
     documentation = _first_line(type(thing))
     papers = "; ".join(getattr(thing, "cite", ()))
-    yield (
-        f"{head}{name}({plain})"
-        + (f"  {documentation}" if documentation else "")
-        + (f"  [{papers}]" if papers else "")
-    )
+    yield (f"{head}{name}({plain})" + (f"  {documentation}" if documentation else "") + (f"  [{papers}]" if papers else ""))
     for key, value in fields:
         if _is_nested(value):
             yield from _describe(value, key, depth + 1)
 
 
 def _has_parts(thing: Any) -> bool:
-    return dataclasses.is_dataclass(thing) and not isinstance(thing, type)
+    if isinstance(thing, type):
+        return False
+    return dataclasses.is_dataclass(thing) or registry.name_of(type(thing)) is not None
 
 
 def _is_nested(value: Any) -> bool:

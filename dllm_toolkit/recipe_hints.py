@@ -34,7 +34,7 @@ ALIASES: dict[str, Alias] = {
     "gen_length": Alias("max_new_tokens"),
     "block_size": Alias("block_length"),
     "remasking": Alias("score", {"low_confidence": "probability"}),
-    "alg": Alias("score", {"maskgit_plus": "probability", "topk_margin": "margin", "entropy": "neg_entropy"}),
+    "alg": Alias("score", {"maskgit_plus": "probability", "topk_margin": "margin", "entropy": "negative_entropy"}),
 }
 
 
@@ -126,13 +126,13 @@ def parameters(target: Any) -> tuple[dict[str, Parameter], bool]:
 
     Raises `ValueError` when its signature or its type hints cannot be read.
     """
-    if dataclasses.is_dataclass(target):  # resolves each field in the module that wrote it
-        source = target
-    else:
-        source = target.__init__ if inspect.isclass(target) else target
+    callee: Callable[..., Any] = target
     try:
-        hints = typing.get_type_hints(source, include_extras=True)
-        signature = inspect.signature(target)
+        if dataclasses.is_dataclass(target):  # resolves each field in the module that wrote it
+            hints = typing.get_type_hints(target, include_extras=True)
+        else:
+            hints = _argument_hints(target.__init__ if inspect.isclass(target) else target)
+        signature = inspect.signature(callee)
     except (NameError, TypeError) as problem:
         raise ValueError(
             f"cannot read the type hints of {title_of(target)}: {problem}. "
@@ -145,6 +145,14 @@ def parameters(target: Any) -> tuple[dict[str, Parameter], bool]:
             found[parameter.name] = Parameter(hints.get(parameter.name, Any), required)
         rest = rest or parameter.kind is parameter.VAR_KEYWORD
     return found, rest
+
+
+def _argument_hints(function: Any) -> dict[str, Any]:
+    function = inspect.unwrap(function)
+    written = dict(getattr(function, "__annotations__", {}))
+    written.pop("return", None)  # often imported for the type checker alone
+    bare = types.SimpleNamespace(__annotations__=written)
+    return typing.get_type_hints(bare, getattr(function, "__globals__", {}), include_extras=True)
 
 
 def plain_hint(annotation: Any) -> Any:

@@ -74,9 +74,7 @@ def check(node: Node, annotation: Any, path: str, errors: list[RecipeError]) -> 
         if not isinstance(node.value, dict):
             return _fail(errors, node, path, f"expected {expects(annotation)}, got {kind_of(node.value)}.")
         if COMPONENT in node.value:
-            message = (
-                f"`{COMPONENT}` has no place here: this is always {annotation.__name__}. Remove the line."
-            )
+            message = f"`{COMPONENT}` has no place here: this is always {title_of(annotation)}. Remove the line."
             return _fail(errors, node.value[COMPONENT], join(path, COMPONENT), message)
         return _check_call(node, annotation, node.value, path, errors)
     return _check_scalar(node, annotation, path, errors)
@@ -90,8 +88,12 @@ def _fail(
     write: str | None = None,
     *,
     key: bool = False,
+    at: str | None = None,
 ) -> Checked:
+    """Add an error. `write` is the line to write; at `at` (default `path`) if it comes from an override."""
     mark = node.key_mark if key and node.key_mark is not None else node.mark
+    if write is not None and mark.overridden and (at or path):
+        write = f"{at or path}={write.removeprefix('- ') if write.startswith('- ') else write.partition(': ')[2]}"
     errors.append(RecipeError(mark, path, message, write))
     return Checked(node, node.plain)
 
@@ -124,9 +126,7 @@ def _check_scalar(node: Node, annotation: Any, path: str, errors: list[RecipeErr
         typed = dataclasses.replace(node, value=node.raw)  # `prompt=42`: the shell ate the quotes
         return Checked(typed, lambda: annotation(typed.value))
     if annotation not in WORDS:
-        message = (
-            f"this argument takes {expects(annotation)}, which a recipe cannot express. Remove the line."
-        )
+        message = f"this argument takes {expects(annotation)}, which a recipe cannot express. Remove the line."
         return _fail(errors, node, path, message, key=True)
     write = None
     if annotation in (str, Path) and node.raw is not None and value is not None:
@@ -197,11 +197,7 @@ def _check_mapping(node: Node, annotation: Any, path: str, errors: list[RecipeEr
 
 def _check_sequence(node: Node, annotation: Any, path: str, errors: list[RecipeError]) -> Checked:
     if not isinstance(node.value, list):
-        write = (
-            _line(path, [node.plain()])
-            if not isinstance(node.value, dict) and node.value is not None
-            else None
-        )
+        write = _line(path, [node.plain()]) if not isinstance(node.value, dict) and node.value is not None else None
         return _fail(errors, node, path, f"expected a list, got {kind_of(node.value)}.", write)
     collect = get_origin(annotation) or annotation
     inside = list(get_args(annotation)) or [Any, ...]
@@ -225,9 +221,7 @@ def _check_component(node: Node, kind: str, wanted: Any, path: str, errors: list
         return _fail(errors, node, path, message)
     if not bare and COMPONENT not in node.value:
         known = registry.names(kind)
-        message = (
-            f"missing `{COMPONENT}`: which {kind}? Known: {', '.join(known) or 'none'}; or a dotted path."
-        )
+        message = f"missing `{COMPONENT}`: which {kind}? Known: {', '.join(known) or 'none'}; or a dotted path."
         return _fail(errors, node, path, message, f"{COMPONENT}: {known[0] if len(known) == 1 else '<name>'}")
     name = node if bare else node.value[COMPONENT]
     if not isinstance(name.value, str):
@@ -259,9 +253,7 @@ def _check_component(node: Node, kind: str, wanted: Any, path: str, errors: list
     return Checked(renamed, make)
 
 
-def _check_call(
-    node: Node, target: Any, given: dict[str, Node], path: str, errors: list[RecipeError]
-) -> Checked:
+def _check_call(node: Node, target: Any, given: dict[str, Node], path: str, errors: list[RecipeError]) -> Checked:
     """Check the arguments of a class or function, and prepare the call."""
     title = title_of(target)
     try:
@@ -281,16 +273,17 @@ def _check_call(
             hint = takes[key].annotation if key in takes else Any
             parts[key] = check(value, hint, join(path, key), errors)
             continue
-        close = _close(key, [name for name in takes if name not in given])
+        close = _close(key, [name for name in takes if name not in given]) or _close(key, takes)
         misspelt += close
         question = f"; did you mean {close[0]!r}?" if close else "."
         write = f"{close[0]}: {dump(child.plain(), flow=True)}" if close else None
         message = f"unknown key {typed!r}{question} {listed}{_leftover(node, path)}"
-        _fail(errors, child, join(path, typed), message, write, key=True)
+        at = join(path, close[0]) if close else None
+        _fail(errors, child, join(path, typed), message, write, key=True, at=at)
     for key, parameter in takes.items():
         if parameter.required and key not in (*parts, *misspelt):
             write = f"{key}: <{expects(parameter.annotation)}>"
-            _fail(errors, node, path, f"missing key {key!r}. {listed}", write)
+            _fail(errors, node, path, f"missing key {key!r}. {listed}", write, at=join(path, key))
     renamed = dataclasses.replace(node, value={key: part.node for key, part in parts.items()})
 
     def make() -> Any:

@@ -71,9 +71,7 @@ def declare(kind: str, base: Any) -> None:
         )
     other = kind_of(base)
     if other not in (None, kind):
-        raise ToolkitError(
-            f"{base.__name__} is already the base class of kind {other!r}; kind {kind!r} needs its own."
-        )
+        raise ToolkitError(f"{base.__name__} is already the base class of kind {other!r}; kind {kind!r} needs its own.")
     _bases[kind] = base
     _table.setdefault(kind, {})
 
@@ -89,9 +87,10 @@ def register(kind: str, name: str) -> Callable[[Entry], Entry]:
                 f"unknown kind {kind!r} for {name!r}; known: {', '.join(_bases)}. "
                 f"Write registry.declare({kind!r}, Base) before the first register."
             )
-        if inspect.isclass(entry) and not _is_protocol(kind) and not _fits(entry, kind):
+        as_class: Any = entry  # narrowing `entry` itself would lose its type for the return
+        if inspect.isclass(as_class) and not _is_protocol(kind) and not _fits(as_class, kind):
             raise ToolkitError(
-                f"{entry.__qualname__} cannot be registered as a {kind}: "
+                f"{as_class.__name__} cannot be registered as a {kind}: "
                 f"it is no subclass of {_bases[kind].__name__}. Derive it from {_bases[kind].__name__}."
             )
         present = _table[kind].get(name)
@@ -114,7 +113,7 @@ def lookup(kind: str, name: str) -> Any:
     _load(kind)
     if kind not in _bases:
         if kind in _HOMES:
-            raise UnknownName(f"cannot find {name!r}: a {kind} needs lightning. Install dllm-toolkit[train].")
+            raise UnknownName(f"cannot find {name!r}: a {kind} needs lightning. Write: pip install lightning.")
         raise UnknownName(f"unknown kind {kind!r}; known: {', '.join(kinds())}.", _close(kind, kinds()))
     if "." in name:
         return _resolve(kind, name)
@@ -200,9 +199,7 @@ def _resolve(kind: str, dotted: str) -> Any:
         try:
             module = _import(top, module_name)
         except (Exception, SystemExit) as problem:  # a user's module may raise anything while it is imported
-            raise UnknownName(
-                f"cannot import {module_name!r} for {dotted!r}: {type(problem).__name__}: {problem}."
-            ) from problem
+            raise UnknownName(f"cannot import {module_name!r} for {dotted!r}: {type(problem).__name__}: {problem}.") from problem
         found = getattr(module, attribute, None) if module is not None else None
     if module is None:
         raise UnknownName(
@@ -220,7 +217,7 @@ def _resolve(kind: str, dotted: str) -> Any:
     if not inspect.isclass(found) or not _fits(found, kind):
         raise UnknownName(f"{dotted!r} is refused: it is not a {kind}. {_usable(kind)}")
     if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise UnknownName(f"{dotted!r} is abstract: it does not define {missing}. Name a subclass that does.")
     return found
 

@@ -168,16 +168,16 @@ class State:
         return replace(after, settled=edit.settled, edits=self.edits + changed.sum(1), parts=parts)
 
     def finish(self, verdict: Verdict) -> State:
-        """Rows that a stop rule has ended; behind their end comes fill."""
+        """Rows that a stop rule has ended, in a step that counts for them. `advance` fills what is behind their end."""
         now = verdict.done & ~self.done
-        ended = replace(
+        return replace(
             self,
             done=self.done | now,
+            step=self.step + now.long(),  # `advance` counts the step of the rows that go on
             end=torch.where(now, verdict.end, self.end),
             result=torch.where(now, int(verdict.result), self.result),
             parts=replace(self.parts, stop=verdict.carry),
         )
-        return ended.fill()
 
     def fill(self) -> State:
         """Write end-of-text behind the end of finished rows. What a finished row left masked lies behind its end."""
@@ -226,7 +226,11 @@ def begin_state(
         begin.append(len(prompt))
         end.append(len(prompt) + len(template))
     count = len(rows)
-    zeros = torch.zeros(count, dtype=torch.long, device=device)
+
+    def zeros() -> Int[Tensor, "B"]:
+        # A tensor of its own for each field: a compiled step notices when two fields stop being the same object.
+        return torch.zeros(count, dtype=torch.long, device=device)
+
     tokens, masked = tokens.to(device), masked.to(device)
     return State(
         tokens=tokens,
@@ -235,13 +239,13 @@ def begin_state(
         begin=torch.tensor(begin, device=device),
         end=torch.tensor(end, device=device),
         born=torch.full_like(tokens, -1),
-        step=zeros,
+        step=zeros(),
         settled=torch.ones(count, dtype=torch.bool, device=device),
         done=torch.zeros(count, dtype=torch.bool, device=device),
-        result=zeros,
+        result=zeros(),
         seed=torch.tensor(seeds, device=device),
-        forced=zeros,
-        edits=zeros,
+        forced=zeros(),
+        edits=zeros(),
         positions=torch.arange(length, device=device).unsqueeze(0),
         spec=spec,
     )

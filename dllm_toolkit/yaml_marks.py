@@ -25,9 +25,7 @@ _TAG = "tag:yaml.org,2002:"
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0x[0-9a-fA-F]+|0o[0-7]+")
-_FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML writes the line breaks of Unicode bare, and reads them back as "\n".
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _whole(pattern: str) -> re.Pattern[str]:
     return re.compile(f"(?:{pattern})$")
 
@@ -80,9 +87,7 @@ def read(path: Path) -> Node:
     except FileNotFoundError:
         raise file_error(path, "there is no such file. Check the path; recipes end in .yaml.") from None
     except IsADirectoryError:
-        raise file_error(
-            path, "this is a directory, not a recipe. Name one of the .yaml files in it."
-        ) from None
+        raise file_error(path, "this is a directory, not a recipe. Name one of the .yaml files in it.") from None
     except UnicodeDecodeError as problem:
         message = f"not a text file in UTF-8: {problem.reason} at byte {problem.start}. Save it as UTF-8."
         raise file_error(path, message) from None
@@ -90,9 +95,7 @@ def read(path: Path) -> Node:
         raise file_error(path, f"cannot be read: {problem}.") from None
     root = parse(text, Mark(str(path), 1))
     if root.value is None:
-        raise file_error(
-            path, "the recipe is empty. Write `key: value` lines; `dllm-toolkit list` shows the names."
-        )
+        raise file_error(path, "the recipe is empty. Write `key: value` lines; `dllm-toolkit list` shows the names.")
     if not isinstance(root.value, dict):
         raise RecipeError(root.mark, "", f"a recipe is `key: value` lines, got {kind_of(root.value)}.")
     return root
@@ -103,9 +106,7 @@ def parse(text: str, mark: Mark) -> Node:
     try:
         tree = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as problem:
-        raise RecipeError(
-            mark, "", f"character {problem.position} is not allowed in YAML. Remove it."
-        ) from None
+        raise RecipeError(mark, "", f"character {problem.position} is not allowed in YAML. Remove it.") from None
     except yaml.MarkedYAMLError as problem:
         at = problem.problem_mark or problem.context_mark
         where = replace(mark, line=at.line + 1) if at and not mark.overridden else mark
@@ -125,9 +126,7 @@ def scalar(text: str, mark: Mark) -> Node:
     So `prompt=Tom: how many?` is text, though YAML would read a mapping.
     """
     stripped = text.strip()
-    if stripped[:1] in tuple("[{") or (
-        len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\""
-    ):
+    if stripped[:1] in tuple("[{") or (len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\""):
         return parse(stripped, mark)
     tag = _Loader("").resolve(yaml.ScalarNode, stripped, (True, False))
     return _Converter(mark).convert(yaml.ScalarNode(tag, stripped), "", 0, raw=text)
@@ -148,9 +147,7 @@ def dump(data: Any, *, flow: bool = False) -> str:
     """Plain data as YAML that `parse` reads back as the same data; `flow` puts it on one line."""
     width = 1_000_000 if flow else 100
     style = True if flow else None
-    text = yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=style
-    )
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=style)
     return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
@@ -183,19 +180,15 @@ class _Converter:
         if depth > MAX_DEPTH:
             raise RecipeError(mark, "", f"nested more than {MAX_DEPTH} levels deep. Flatten it.")
         if self.count > MAX_NODES:
-            raise RecipeError(
-                mark, "", f"more than {MAX_NODES} values, counting what aliases stand for. Shorten it."
-            )
+            raise RecipeError(mark, "", f"more than {MAX_NODES} values, counting what aliases stand for. Shorten it.")
         tag = node.tag.removeprefix(_TAG)
         if isinstance(node, yaml.MappingNode) and tag == "map":
             return Node(self.mapping(node, path, depth), mark)
         if isinstance(node, yaml.SequenceNode) and tag == "seq":
             children = enumerate(node.value)
             return Node([self.convert(child, join(path, i), depth + 1) for i, child in children], mark)
-        if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_TAG):
-            return Node(
-                self.scalar(tag, node.value, mark, path), mark, raw=node.value if raw is None else raw
-            )
+        if isinstance(node, yaml.ScalarNode) and tag in ("str", "merge", "null", "bool", "int", "float"):
+            return Node(self.scalar(tag, node.value, mark, path), mark, raw=node.value if raw is None else raw)
         raise RecipeError(mark, path, f"the tag {node.tag!r} is not allowed: a recipe is data. Remove it.")
 
     def scalar(self, tag: str, text: str, mark: Mark, path: str) -> Any:
@@ -213,9 +206,7 @@ class _Converter:
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
         if tag == "float" and (_FLOAT.fullmatch(text) or _INT.fullmatch(text)):
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        raise RecipeError(
-            mark, path, f"the tag '!!{tag}' does not suit {text!r}. Remove the tag, or quote the text."
-        )
+        raise RecipeError(mark, path, f"the tag '!!{tag}' does not suit {text!r}. Remove the tag, or quote the text.")
 
     def mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Node]:
         own: dict[str, Node] = {}
@@ -235,9 +226,7 @@ class _Converter:
             key = self.scalar("str", key_node.value, mark, path)
             if key in own:
                 first = own[key].key_mark
-                raise RecipeError(
-                    mark, join(path, key), f"this key was already given ({first}). Keep one of them."
-                )
+                raise RecipeError(mark, join(path, key), f"this key was already given ({first}). Keep one of them.")
             own[key] = replace(self.convert(value_node, join(path, key), depth + 1), key_mark=mark)
         return {**merged, **own}
 

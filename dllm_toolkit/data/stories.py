@@ -40,9 +40,9 @@ __all__ = [
 ]  # fmt: skip
 
 Split = Literal["train", "heldout"]
-PROMPT_LENGTH = 96
+PROMPT_LENGTH = 80
 """Most tokens that a prompt has."""
-ANSWER_LENGTH = 96
+ANSWER_LENGTH = 80
 """Most tokens that a solution has with its end token."""
 HELDOUT_OF = 10
 """One in so many stories is held out."""

@@ -38,7 +38,8 @@ class Model(Protocol):
     slots only; a lane of one row never depends on another row.
     """
 
-    spec: ModelSpec
+    @property
+    def spec(self) -> ModelSpec: ...
 
     def __call__(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]: ...
 

@@ -47,16 +47,17 @@ def fresh(
 ) -> Transformer:
     """A freshly initialised Transformer with the vocabulary and the special ids of `tokenizer` (`stories`, or a directory)."""
     words = _tokenizer(tokenizer)
-    if words.mask_token_id is None or words.eos_token_id is None:
+    if words.mask_token is None or words.eos_token is None:
         raise ModelError(
             f"the tokenizer must name a mask token and an end token, got mask_token={words.mask_token!r} and "
             f"eos_token={words.eos_token!r}. Diffusion needs both. Set mask_token and eos_token in tokenizer_config.json."
         )
+    ids = words.get_vocab()
     model = transformer(
         vocab_size=len(words),
-        mask_id=words.mask_token_id,
-        eos_ids=[words.eos_token_id],
-        pad_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
+        mask_id=ids[str(words.mask_token)],
+        eos_ids=[ids[str(words.eos_token)]],
+        pad_id=ids[str(words.pad_token or words.eos_token)],
         width=width,
         layers=layers,
         heads=heads,

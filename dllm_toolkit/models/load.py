@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dllm_toolkit.models.families import CheckpointError, Family, family_of
-from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.models.transformer import ModelError, Transformer
 from dllm_toolkit.registry import register
 from dllm_toolkit.types import Attention
 
@@ -50,10 +50,13 @@ def load(
     family = family_of(config)
     try:
         settings = family.configure(config)
-    except TypeError as error:
-        raise CheckpointError(f"{directory / 'config.json'} cannot be read, got {error}. Write a complete config.json.") from error
-    with torch.device("meta"):
-        model = Transformer(settings)
+        with torch.device("meta"):
+            model = Transformer(settings)
+    except (ModelError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'} describes no model that can be built, got: {error} "
+            "Use the config.json that came with the weights."
+        ) from error
     model = model.to(dtype=getattr(torch, dtype)).to_empty(device=where)
     model.rebuild_rotary_tables()
     _fill(model, directory, family)
@@ -74,9 +77,10 @@ def load(
 def resolve(path: str, revision: str | None) -> Path:
     """The local directory of a path, an `asset:NAME`, or a hub id (downloaded: safetensors, JSON and tokenizer files only)."""
     if path.startswith("asset:"):
-        directory = Path(str(resources.files("dllm_toolkit") / "assets" / path.removeprefix("asset:")))
-        if not directory.is_dir():
-            shipped = sorted(item.name for item in directory.parent.iterdir() if item.is_dir() and item.name != "__pycache__")
+        assets = Path(str(resources.files("dllm_toolkit") / "assets"))
+        shipped = sorted(item.name for item in assets.iterdir() if item.is_dir() and item.name != "__pycache__")
+        directory = assets / path.removeprefix("asset:")
+        if directory.name not in shipped or directory.parent != assets:
             raise CheckpointError(
                 f"no shipped model is called {path!r}. Shipped: {', '.join(f'asset:{name}' for name in shipped)}. Write one of these."
             )
@@ -119,7 +123,11 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
     index = directory / f"{stem}.safetensors.index.json"
     if index.exists():
-        weights = read_json(index).get("weight_map", {})
+        weights = read_json(index).get("weight_map")
+        if not isinstance(weights, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weights.values()):
+            raise CheckpointError(
+                f"{index} must map tensors to file names beside it, got {str(weights):.80}. Copy the file again from its source."
+            )
         return [directory / name for name in sorted(set(weights.values()))]
     return [directory / f"{stem}.safetensors"]
 
@@ -159,8 +167,8 @@ def _fill(model: nn.Module, directory: Path, family: Family) -> None:
         waiting.discard(name)
     if unknown or waiting:
         raise CheckpointError(
-            f"the checkpoint in {directory} does not fit its config.json, got {len(unknown)} unknown tensors ({', '.join(unknown[:3])}) and "
-            f"{len(waiting)} missing ones ({', '.join(sorted(waiting)[:3])}). Use the config.json that came with the weights."
+            f"the checkpoint in {directory} does not fit its config.json, got {len(unknown)} unknown tensors ({', '.join(unknown[:3])}) "
+            f"and {len(waiting)} missing ones ({', '.join(sorted(waiting)[:3])}). Use the config.json that came with the weights."
         )
 
 
@@ -185,15 +193,15 @@ def merge_adapter(model: Transformer, directory: Path, family: Family) -> None:
         name = module if module in modules else family.native_module(module)
         if name is None or name not in modules or set(pair) != {"lora_A", "lora_B"}:
             raise CheckpointError(
-                f"the adapter's module {module!r} ({', '.join(sorted(pair))}) matches nothing in the model. It belongs to another base model. "
-                f"Modules here: {', '.join(sorted({key.rpartition('.')[2] for key in modules}))}."
+                f"the adapter's module {module!r} ({', '.join(sorted(pair))}) matches nothing in the model. It belongs to another base "
+                f"model. Modules here: {', '.join(sorted({key.rpartition('.')[2] for key in modules}))}."
             )
         weight = modules[name].weight
         down, up = pair["lora_A"], pair["lora_B"]
         if up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1]:
             raise CheckpointError(
-                f"the adapter's {module} has shape {up.shape[0]} x {down.shape[1]}, the model's {tuple(weight.shape)}. It belongs to another "
-                "base model. Use the adapter's own base model."
+                f"the adapter's {module} has shape {up.shape[0]} x {down.shape[1]}, the model's {tuple(weight.shape)}. It belongs to "
+                "another base model. Use the adapter's own base model."
             )
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = up.to(weight.device, wide) @ down.to(weight.device, wide) * _scale(config, module, down.shape[0])

@@ -207,9 +207,13 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         """Move and cast as usual, but keep the rotary tables at float32 or wider: bf16 angles are wrong by whole radians."""
+        before = self.cos.dtype
         super()._apply(fn, recurse)
-        if self.cos.dtype != self._rotary_dtype and self.cos.device.type != "meta":
+        # A cast up from float32 would keep float32's angles, so every change of precision computes them anew.
+        if not before == self.cos.dtype == self._rotary_dtype and self.cos.device.type != "meta":
             self.rebuild_rotary_tables()
+        if self.config.tie_embeddings:  # leaving the meta device makes two parameters of one
+            self.lm_head.weight = self.embed.weight
         return self
 
     @property

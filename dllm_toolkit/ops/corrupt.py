@@ -4,7 +4,7 @@ Three kinds of function, so that a training objective is a sentence made of them
 
     levels     how much is masked       uniform_levels [B]      monotone_levels, independent_levels, pipelined_levels [B, N]
     masks      which positions          bernoulli, exact_count [B, L]
-    geometry   what is where            answer_region, answer_blocks (ops/masks.py), spread
+    geometry   what is where            answer_region, spread (and answer_blocks in ops/masks.py)
 
 Levels t lie in [0, 1]: 0 is clean, 1 is fully masked. Every draw takes an explicit `torch.Generator`; nothing touches the global one,
 so a training step can be replayed from (seed, step). Only positions in `candidates` are ever masked: the prompt is not among them.
@@ -14,6 +14,8 @@ as its code draws them (D2F-train/utils/util.py at 771f745).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,9 +76,7 @@ def independent_levels(
     return minimum + (maximum - minimum) * draw((rows, blocks), generator)
 
 
-def pipelined_levels(
-    rows: int, blocks: int, generator: torch.Generator, *, span: int = 3, minimum: float = 0.0
-) -> Float[Tensor, "B N"]:
+def pipelined_levels(rows: int, blocks: int, generator: torch.Generator, *, span: int = 3, minimum: float = 0.0) -> Float[Tensor, "B N"]:
     """The states that a pipelined decoder passes through: blocks before a random front are clean, then noise rises to full.
 
     The front a ~ U{0..N-1}; t_a ~ U[minimum, 1]; after it the level rises by uniform parts of the rest, reaching 1 within about
@@ -99,16 +99,12 @@ def spread(levels: Float[Tensor, "B N"], block: Int[Tensor, "B L"]) -> Float[Ten
     return levels.gather(1, (block - 1).clamp(0, levels.shape[1] - 1)) * inside
 
 
-def bernoulli(
-    level: Float[Tensor, "B #L"], candidates: Bool[Tensor, "B L"], generator: torch.Generator
-) -> Bool[Tensor, "B L"]:
+def bernoulli(level: Float[Tensor, "B #L"], candidates: Bool[Tensor, "B L"], generator: torch.Generator) -> Bool[Tensor, "B L"]:
     """Mask each candidate independently with its level's probability. Level 1 masks for certain, level 0 never does."""
     return (draw(tuple(candidates.shape), generator) < level) & candidates
 
 
-def exact_count(
-    count: Int[Tensor, "B"], candidates: Bool[Tensor, "B L"], generator: torch.Generator
-) -> Bool[Tensor, "B L"]:
+def exact_count(count: Int[Tensor, "B"], candidates: Bool[Tensor, "B L"], generator: torch.Generator) -> Bool[Tensor, "B L"]:
     """Mask exactly `count` of the candidates of each row, all subsets equally likely (all candidates if there are fewer)."""
     noise = draw(tuple(candidates.shape), generator).masked_fill(~candidates, 2.0)
     rank = noise.argsort(dim=1).argsort(dim=1)
@@ -119,3 +115,13 @@ def count_from_level(level: Float[Tensor, "B"], available: Int[Tensor, "B"]) -> 
     """k = 1 + floor(t n), so that t ~ U[0, 1) gives k ~ U{1..n}; 0 where nothing is available."""
     count = (level * available).long() + 1
     return torch.minimum(count, available)
+
+
+def pick(uniform: Float[Tensor, "B"], shares: Sequence[float]) -> Int[Tensor, "B"]:
+    """Which of len(shares) alternatives each row takes, with probability proportional to its share. No copy from the host."""
+    total, bound = sum(shares), 0.0
+    taken = torch.zeros_like(uniform, dtype=torch.long)
+    for share in shares[:-1]:
+        bound += share / total
+        taken += uniform >= bound
+    return taken

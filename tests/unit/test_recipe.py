@@ -166,16 +166,12 @@ def test_lazy_is_checked_now_and_built_later(tmp_path):
     again = build(tmp_path, text)
     assert root.lazy == again.lazy and hash(root.lazy) == hash(again.lazy) and len(root.lazy.key) == 16
     assert Lazy.of(3).build() == 3
-    lines = errors_of(
-        tmp_path, "widget: {_component_: cart, threshold: 1}\nlazy: {_component_: train, carz: 5}"
-    )
+    lines = errors_of(tmp_path, "widget: {_component_: cart, threshold: 1}\nlazy: {_component_: train, carz: 5}")
     assert len(lines) == 2 and "did you mean 'cars'" in lines[0] and "missing key 'engine'" in lines[1]
 
 
 def test_scalars_follow_yaml_1_2(tmp_path):
-    loaded = recipe.load(
-        write(tmp_path, "a: 1e-4\nb: yes\nc: 1:30\nd: 2024-01-01\ne: 1_000\nf: 0x10\ng: ~\nh: none")
-    )
+    loaded = recipe.load(write(tmp_path, "a: 1e-4\nb: yes\nc: 1:30\nd: 2024-01-01\ne: 1_000\nf: 0x10\ng: ~\nh: none"))
     expected = {
         "a": 1e-4,
         "b": "yes",
@@ -224,11 +220,7 @@ def test_base(tmp_path):
     assert loaded.tree["run"] == {"seed": 3, "wrong": 1, "max_new_tokens": 4}
     with pytest.raises(RecipeError) as caught:
         loaded.build(Root)
-    assert (
-        caught.value.file.endswith("base.yaml")
-        and caught.value.line == 4
-        and caught.value.path == "run.wrong"
-    )
+    assert caught.value.file.endswith("base.yaml") and caught.value.line == 4 and caught.value.path == "run.wrong"
 
 
 def test_base_with_another_component_replaces_it(tmp_path):
@@ -290,6 +282,14 @@ def test_override_of_a_component_keeps_its_arguments(tmp_path):
     assert loaded.tree["lazy"] == "cart"
     line = errors_of(tmp_path, BASE, "widget=train")[0]
     assert "unknown key 'threshold'" in line and "write widget={_component_: train}" in line
+    (line,) = errors_of(tmp_path, BASE, "widget.spares.0=stem")
+    assert line.endswith("write: `widget.spares.0=steam`")
+    (line,) = errors_of(tmp_path, BASE, "widget.treshold=0.3")
+    assert line.endswith("write: `widget.threshold=0.3`")
+    line = errors_of(tmp_path, BASE, "widget=tran")[0]
+    assert line.endswith("write: `widget=train`")
+    (line,) = errors_of(tmp_path, BASE, "lazy={_component_: train}")
+    assert line.endswith("write: `lazy.engine=<a test_engine>`")
     loaded = recipe.load(write(tmp_path, BASE), ["widget={_component_: train, engine: steam}"])
     assert loaded.tree["widget"] == {"_component_": "train", "engine": "steam"}
 
@@ -330,9 +330,7 @@ def test_aliases(tmp_path):
     assert root.widget.block_length == 4 and root.run.max_new_tokens == 32
     canonical = Recipe.from_tree(loaded.tree)
     assert canonical.checked(Root).hash() == loaded.hash()
-    override = recipe.load(write(tmp_path, text), ["widget.block_length=5", "run.max_new_tokens=1"]).build(
-        Root
-    )
+    override = recipe.load(write(tmp_path, text), ["widget.block_length=5", "run.max_new_tokens=1"]).build(Root)
     assert override.widget.block_length == 5 and override.run.max_new_tokens == 1
     (line,) = errors_of(tmp_path, "widget: {_component_: cart, threshold: 1, block_size: 4, block_length: 4}")
     assert "'block_size' is another name of 'block_length', and both are given" in line
@@ -344,8 +342,11 @@ def test_aliases(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("widget: cat", "x.yaml:1: widget: cannot find 'cat'; did you mean 'cart'? *write: `widget: cart`"),
-        ("widget:\n  _component_: cat", "x.yaml:2: widget: cannot find 'cat'.*write: `_component_: cart`"),
+        (
+            "widget: cat",
+            "x.yaml:1: widget: cannot find 'cat'; did you mean 'cart'\\? .*write: `widget: cart`",
+        ),
+        ("widget:\n  _component_: cat", "x.yaml:2: widget: cannot find 'cat'; .*write: `_component_: cart`"),
         ("widget: 3", "x.yaml:1: widget: expected a test_widget, got the number 3. Known: cart, "),
         ("widget: {threshold: 1}", "x.yaml:1: widget: missing `_component_`: which test_widget\\?"),
         ("widget: {_component_: [1]}", "x.yaml:1: widget: `_component_` is the name of .* got a list"),
@@ -355,7 +356,7 @@ def test_aliases(tmp_path):
         ),
         (
             "widget:\n  _component_: cart\n  treshold: 0.5",
-            "x.yaml:3: widget.treshold: unknown key 'treshold'; did you mean 'threshold'\\? .*`threshold: 0.5`$",
+            ":3: widget.treshold: unknown key 'treshold'; did you mean 'threshold'\\? .*`threshold: 0.5`$",
         ),
         (
             "widget: {_component_: cart, threshold: high}",
@@ -412,8 +413,7 @@ def test_messages(tmp_path, text, expected):
 def test_all_errors_at_once(tmp_path):
     lines = errors_of(
         tmp_path,
-        "widget:\n  _component_: cart\n  mode: x\n  engine: {_component_: steam, presure: 1}\n"
-        "run:\n  seed: a\nsizes: [1, b]\nodd: 1",
+        "widget:\n  _component_: cart\n  mode: x\n  engine: {_component_: steam, presure: 1}\nrun:\n  seed: a\nsizes: [1, b]\nodd: 1",
     )
     assert [line.split(": ")[1] for line in lines] == [
         "widget.mode",
@@ -489,9 +489,7 @@ def test_os_system_is_not_called(tmp_path, monkeypatch):
     for place in ("widget", "lazy", "widget.engine", "fleet.a"):
         text = "widget: {_component_: cart, threshold: 1}"
         with pytest.raises(RecipeError, match="is refused"):
-            recipe.load(write(tmp_path, text), [f"{place}={{_component_: os.system, command: ls}}"]).build(
-                Root
-            )
+            recipe.load(write(tmp_path, text), [f"{place}={{_component_: os.system, command: ls}}"]).build(Root)
     assert calls == []
 
 

@@ -213,9 +213,7 @@ def test_a_claim_of_membership_is_not_inheritance():
         registry.register("test_gadget", "pretender")(Pretender)
 
 
-@pytest.mark.parametrize(
-    "body", ["raise RuntimeError('broken file')", "import no_such_dependency", "def (", "raise SystemExit(3)"]
-)
+@pytest.mark.parametrize("body", ["raise RuntimeError('broken file')", "import no_such_dependency", "def (", "raise SystemExit(3)"])
 def test_a_module_that_does_not_import(tmp_path, monkeypatch, body):
     write_module(tmp_path, "broken_gadget", body)
     monkeypatch.chdir(tmp_path)

@@ -50,7 +50,7 @@ class Quota(Commit):
 
     def init(self, state: State) -> QuotaState:
         answer = state.masked.sum(1)
-        return QuotaState(answer, torch.zeros_like(answer), torch.full_like(answer, -1), answer)
+        return QuotaState(answer.clone(), torch.zeros_like(answer), torch.full_like(answer, -1), answer)
 
     def select(self, proposal: Proposal, region: Region, state: State) -> Canvas:
         own = self._now(region, state)

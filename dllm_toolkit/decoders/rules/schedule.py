@@ -18,7 +18,7 @@ from dllm_toolkit.decoders.base import DecodeError, Schedule
 from dllm_toolkit.ops import masks, select
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Region, State
-from dllm_toolkit.types import Canvas, Rows, Tokens
+from dllm_toolkit.types import Canvas, Need, Rows, Tokens
 
 
 def first_open_block(state: State, block: Tokens) -> Int[Tensor, "B"]:
@@ -49,6 +49,7 @@ class SemiAutoregressive(Schedule):
     """
 
     cite = ("2502.09992",)
+    needs = frozenset({Need.BIDIRECTIONAL})
 
     block_length: int | None = 32
     hold: int | None = None
@@ -135,6 +136,7 @@ class Pipelined(Schedule):
     """
 
     cite = ("2508.09192",)
+    needs = frozenset({Need.BIDIRECTIONAL})
 
     block_length: int = 32
     add_at: float = 0.1

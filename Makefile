@@ -1,0 +1,68 @@
+# Everything a fresh machine needs: Python >= 3.11, pip and make. Each target makes .venv from the pins when it is missing.
+#
+#   make quickstart              compare six decoders on 32 word problems (about two minutes on two cores)
+#   make test                    the whole test suite;  make test TESTS="tests/golden -k d2f" runs a part
+#   make check                   ruff and pyright
+#   make contract PART=my_rule.MyRule      the contract tests on a class of your own
+#   make figures                 draw the pictures of docs/ again
+#   make clean                   remove .venv and caches; runs/ stays
+#
+# Another interpreter: make test PYTHON=python3.12. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are respected, for
+# instance to choose a build of torch.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RECIPE ?= recipes/quickstart.yaml
+TESTS  ?=
+PART   ?=
+ARGS   ?=
+
+# Stamps: touched once an installation is complete, so a second run starts at once and an interrupted one starts over.
+CREATED   := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+DEVELOP   := $(VENV)/.installed-dev
+PINS      := pyproject.toml constraints.txt
+
+.PHONY: quickstart test check contract figures clean help
+.DEFAULT_GOAL := help
+
+help:
+	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
+
+quickstart: $(INSTALLED)
+	$(BIN)/dllm-toolkit compare $(RECIPE) $(ARGS)
+
+test: $(DEVELOP)
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(DEVELOP)
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+contract: $(DEVELOP)
+	@test -n "$(PART)" || { echo "which class? Write: make contract PART=my_rule.MyRule" >&2; exit 2; }
+	$(BIN)/dllm-toolkit check $(PART) $(ARGS)
+
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures.py
+
+$(CREATED):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "cannot find $(PYTHON). Python 3.11 or newer is needed. Install it, or write: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Write: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(INSTALLED): $(CREATED) $(PINS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+# The development tools include everything else, so this installation serves both.
+$(DEVELOP): $(CREATED) $(PINS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(INSTALLED) $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,311 @@
+"""The `dllm-toolkit` command: compare, generate, train, list, show, check.
+
+Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
+is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so
+that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dllm_toolkit import __version__
+from dllm_toolkit.errors import ToolkitError
+
+# In the order in which `check` looks for a name that several kinds use.
+_CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop")
+_RESUMABLE = ("compare", "train")
+_OVERRIDES = "change a value of the recipe: key=value, with dots for nested keys (decoder.threshold=0.8)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    command = ""
+    try:
+        arguments = _parse(argv)
+        command = arguments.command
+        return arguments.run(arguments)
+    except SystemExit as leave:
+        # Lightning turns Ctrl-C into SystemExit.
+        if isinstance(leave.__context__, KeyboardInterrupt):
+            return _interrupted(command)
+        return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
+    except KeyboardInterrupt:
+        return _interrupted(command)
+    except BrokenPipeError:  # `dllm-toolkit list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ToolkitError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        print(f"{problem.filename}: {problem.strerror}. Check the path and its permissions.", file=sys.stderr)
+        return 2
+
+
+def _interrupted(command: str) -> int:
+    again = " Run the same command again to continue where it stopped." if command in _RESUMABLE else ""
+    print(f"\nInterrupted.{again}", file=sys.stderr)
+    return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dllm-toolkit",
+        description="Decode, compare and train diffusion language models, from recipes (YAML files).",
+        epilog="start here:\n  dllm-toolkit compare recipes/quickstart.yaml\n\n`dllm-toolkit COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dllm-toolkit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], short: str, long: str, *examples: str) -> Any:
+        lines = "\n".join(f"  dllm-toolkit {example}" for example in examples)
+        command = commands.add_parser(
+            name,
+            help=short,
+            description=f"{short[0].upper()}{short[1:]}.\n\n{long}",
+            epilog=f"examples:\n{lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    def takes_recipe(command: Any) -> None:
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        command.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help=_OVERRIDES)
+
+    takes_recipe(
+        add(
+            "compare",
+            _compare,
+            "run several decoders on the same problems and compare accuracy and speed",
+            "Runs every configuration of the recipe, prints a table, and writes a ledger (one line a\n"
+            "problem), TensorBoard files and an HTML report into the recipe's output directory. The last\n"
+            "line on stdout is one JSON object. A run that was stopped continues when the same command\n"
+            "is given again.",
+            "compare recipes/quickstart.yaml",
+            "compare recipes/quickstart.yaml task.size=8 output=runs/small",
+        )
+    )
+    generate = add(
+        "generate",
+        _generate,
+        "answer a prompt with a model and a decoder",
+        "Prints the answer on stdout, and how it was decoded on stderr. --trace shows the text after\n"
+        "each step, with _ for what is not decided yet.",
+        'generate recipes/decode/d2f_stories.yaml prompt="Tom has 3 apples. ..." --trace',
+        'generate recipes/decode/d2f_stories.yaml decoder.threshold=0.7 prompt="..."',
+    )
+    takes_recipe(generate)
+    generate.add_argument("--trace", action="store_true", help="show the text after every step, on stderr")
+    takes_recipe(
+        add(
+            "train",
+            _train,
+            "train a model or an adapter",
+            "Writes checkpoints and TensorBoard files into the recipe's output directory, and at the end\n"
+            "the weights with a card. A run that was stopped continues when the same command is given again.",
+            "train recipes/train/teacher.yaml",
+            "train recipes/train/teacher.yaml trainer.max_steps=100 output=runs/short",
+        )
+    )
+    listing = add(
+        "list",
+        _list,
+        "show the names that a recipe can use: decoders, caches, models and more",
+        "One line for each name: kind, name, what it is, and the paper it comes from.",
+        "list",
+        "list decoder",
+    )
+    listing.add_argument("kind", metavar="KIND", nargs="?", help="only this kind, such as decoder or cache")
+    takes_recipe(
+        add(
+            "show",
+            _show,
+            "spell out a recipe without running it",
+            "Checks the recipe, then prints each decoder's step as text, the recipe with its base and its\n"
+            "overrides resolved, and its hash. Loads no model.",
+            "show recipes/quickstart.yaml",
+            "show recipes/quickstart.yaml configurations.d2f.decoder.threshold=0.8",
+        )
+    )
+    check = add(
+        "check",
+        _check,
+        "test your own decoder, cache or rule against the contract",
+        "Runs the contract (fills the canvas, keeps the prompt, rows independent, counts right, ...) on\n"
+        "tiny models, in seconds. Exit code 1 if a check fails. NAME is a registered name or a dotted\n"
+        "path; a file my_rule.py in the current directory needs no installation.",
+        "check my_rule.EntropySpend budget=0.5",
+        "check d2f block_length=4 threshold=0.7",
+    )
+    check.add_argument("name", metavar="NAME", help="a registered name, or a dotted path to your class")
+    check.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="arguments of the class")
+
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse ends a list of positionals at the first option: `generate x.yaml --trace prompt=...`.
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.evaluation.compare import CompareRecipe, run_comparison
+
+    recipe = _load(arguments, CompareRecipe)
+    run_comparison(recipe, recipe.build(CompareRecipe))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.generate import GenerateRecipe, run_generation
+
+    recipe = _load(arguments, GenerateRecipe)
+    run_generation(recipe, recipe.build(GenerateRecipe), trace=arguments.trace)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _require_lightning("training")
+    from dllm_toolkit.training.run import TrainRecipe, run_training
+
+    recipe = _load(arguments, TrainRecipe)
+    run_training(recipe, recipe.build(TrainRecipe))
+    return 0
+
+
+def _load(arguments: argparse.Namespace, root: type) -> Any:
+    from dllm_toolkit import recipe
+
+    return recipe.load(arguments.recipe, arguments.overrides).checked(root)
+
+
+def _require_lightning(what: str) -> None:
+    if importlib.util.find_spec("lightning") is None:
+        raise ToolkitError(f"{what} needs lightning, which is not installed. Write: pip install lightning.")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import registry
+
+    if arguments.kind is not None and arguments.kind not in registry.kinds():
+        known = ", ".join(registry.kinds())
+        raise ToolkitError(f"there is no kind {arguments.kind!r}. Write one of: {known}.")
+    wanted = [arguments.kind] if arguments.kind else registry.kinds()
+    rows = []
+    for kind in wanted:
+        for name in registry.names(kind):
+            entry = registry.lookup(kind, name)
+            rows.append((kind, name, _first_line(entry), ", ".join(_papers(entry))))
+    _print_table(("kind", "name", "what it is", "paper"), rows)
+    return 0
+
+
+def _first_line(entry: Any) -> str:
+    return (inspect.getdoc(entry) or "").partition("\n")[0]
+
+
+def _papers(entry: Any) -> list[str]:
+    """What `cite` says, or else the arXiv numbers in the documentation of the object or of its module."""
+    cited: list[str] = list(getattr(entry, "cite", ()))
+    texts = (inspect.getdoc(entry) or "", sys.modules[entry.__module__].__doc__ or "")
+    found: list[list[str]] = [re.findall(r"\b\d{4}\.\d{5}\b", text) for text in texts]
+    numbers = found[0] or found[1]
+    return cited or list(dict.fromkeys(numbers))
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; on a terminal the documentation is cut to the width, in a file it is whole."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    if sys.stdout.isatty():
+        free = shutil.get_terminal_size().columns - sum(widths) + widths[2] - 2 * (len(widths) - 1)
+        widths[2] = max(20, min(widths[2], free))
+    for row in [header, *rows]:
+        cells = [cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(row, widths, strict=True)]
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(line.rstrip())
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import recipe
+
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    root = _root_of(loaded.tree)
+    loaded = loaded.checked(root)
+    print(recipe.describe(loaded.build(root)))
+    print(f"\n# resolved recipe, hash {loaded.hash()}\n{loaded.to_yaml()}", end="")
+    return 0
+
+
+def _root_of(tree: dict[str, Any]) -> type:
+    """The command's dataclass that a recipe is written for, by its keys."""
+    if "configurations" in tree or "models" in tree:
+        from dllm_toolkit.evaluation.compare import CompareRecipe
+
+        return CompareRecipe
+    if "objective" in tree or "trainer" in tree:
+        _require_lightning("a training recipe")
+        from dllm_toolkit.training.run import TrainRecipe
+
+        return TrainRecipe
+    from dllm_toolkit.generate import GenerateRecipe
+
+    return GenerateRecipe
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import recipe, registry
+    from dllm_toolkit.recipe_errors import OVERRIDE, Mark
+    from dllm_toolkit.yaml_marks import Node
+
+    kind = _kind_of(arguments.name)
+    named = Node(arguments.name, Mark(OVERRIDE, None, arguments.name))
+    component = recipe.build(recipe.override(named, arguments.overrides), registry.base_of(kind))
+    from dllm_toolkit.testing.contract import check_component
+
+    print(f"checking the {kind}:\n{recipe.describe(component)}\n", file=sys.stderr)
+    groups: dict[str, list[Any]] = {}
+    for result in check_component(component):  # a result is named `check [model, cache, decoder]`
+        groups.setdefault(result.name.partition(" ")[0], []).append(result)
+    faulty = 0
+    for name, results in groups.items():
+        failed = [result for result in results if not result.passed]
+        faulty += bool(failed)
+        share = f"{len(results) - len(failed)}/{len(results)}"
+        if not failed:
+            print(f"pass  {share:>7}  {name}: {results[0].message}")
+            continue
+        print(f"FAIL  {share:>7}  {name}")
+        for result in failed[:3]:
+            print(f"{'':15}{result.name.partition(' ')[2]} {result.message}")
+    print(f"{len(groups) - faulty} of {len(groups)} checks passed on every combination of model and cache")
+    return 1 if faulty else 0
+
+
+def _kind_of(name: str) -> str:
+    """The first kind that has something of this name."""
+    from dllm_toolkit import registry
+
+    problems = []
+    for kind in _CHECKABLE:
+        try:
+            registry.lookup(kind, name)
+        except registry.UnknownName as problem:
+            problems.append(problem)
+        else:
+            return kind
+    # The same complaint in each kind's words; one that has a suggestion helps most.
+    raise next((problem for problem in problems if problem.suggestions), problems[0])

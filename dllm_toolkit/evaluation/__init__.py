@@ -1,0 +1,1 @@
+"""Tasks, the comparison, the ledger that counts, and what is made of it for people."""

@@ -1,0 +1,184 @@
+"""`dllm-toolkit compare`: a grid of (model, decoder, cache) on the same problems, into one ledger.
+
+Everything that can be wrong is found before the first forward and before anything is written: names, baselines, the fit of decoder,
+cache and model, prompts against the model's positions, a ledger of another recipe. Each model is loaded once. Configurations run one
+after the other in the order of the recipe, each with its own warm-up that no clock sees. A run that was killed continues where its
+ledger ends when the same command is given again.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decode import check_prompts
+from dllm_toolkit.decoders.base import Decoder, check
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation import ledger, provenance, report
+from dllm_toolkit.evaluation.ledger import Header, Summary
+from dllm_toolkit.evaluation.measure import CompareError, Row, RunOptions, fill, find_device
+from dllm_toolkit.evaluation.report import ReportOptions
+from dllm_toolkit.evaluation.tasks import Problem, Task
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.recipe import Lazy, Recipe
+
+__all__ = ["Baselines", "CompareError", "CompareRecipe", "Configuration", "ReportOptions", "RunOptions", "run_comparison"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the comparison. model: a name under `models`."""
+
+    model: str
+    decoder: Decoder
+    cache: Cache = field(default_factory=NoCache)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Rows that speed-ups are measured against; null: no such column."""
+
+    autoregressive: str | None = None
+    vanilla: str | None = None
+
+
+@dataclass(frozen=True)
+class CompareRecipe:
+    """Root of a comparison recipe: the task, the models, the rows, and how they are run."""
+
+    task: Task
+    models: dict[str, Lazy[Model]]
+    configurations: dict[str, Configuration]
+    baselines: Baselines = field(default_factory=Baselines)
+    run: RunOptions = field(default_factory=RunOptions)
+    output: Path = Path("runs/compare")
+    report: ReportOptions = field(default_factory=ReportOptions)
+
+    def __post_init__(self) -> None:
+        if not self.configurations:
+            raise CompareError("configurations is empty. A comparison needs rows. Write at least one configuration.")
+        for name, configuration in self.configurations.items():
+            # The name becomes a folder of the TensorBoard log.
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+                raise CompareError(f"a configuration's name is letters, digits and _ . + -, got {name!r}. Write one without the rest.")
+            if name == "comparison":
+                raise CompareError("a configuration cannot be called 'comparison'. TensorBoard's overview has that name. Write another.")
+            if configuration.model not in self.models:
+                raise CompareError(
+                    f"configurations.{name}.model names no model, got {configuration.model!r}. Write one of {sorted(self.models)}."
+                )
+        for slot in ("autoregressive", "vanilla"):
+            baseline = getattr(self.baselines, slot)
+            if baseline is not None and baseline not in self.configurations:
+                raise CompareError(
+                    f"baselines.{slot} names no configuration, got {baseline!r}. Write one of {sorted(self.configurations)} or null."
+                )
+
+
+def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
+    """Run or continue a comparison; table and JSON line on stdout, progress on stderr, files into `built.output`.
+
+    Errors: ToolkitError before the first forward; nothing is written then.
+    """
+    device = find_device(built.run.device)
+    threads = torch.get_num_threads()
+    try:
+        if built.run.threads is not None:
+            torch.set_num_threads(built.run.threads)
+        problems = _problems(built.task)
+        rows = _rows(built, problems)
+        header = _header(recipe, built, rows, device)
+        path = built.output / "ledger.jsonl"
+        with ledger.open_ledger(path, header) as book:
+            (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            fill(book, rows, problems, built.task, built.run, device)
+    finally:
+        torch.set_num_threads(threads)
+    header, records = ledger.read(path)
+    summaries = report.write_reports(built.output, header, records, built.report)
+    report.print_table(header, summaries)
+    print(
+        f"Written to {built.output}: {', '.join(sorted(item.name for item in built.output.iterdir()))}",
+        file=sys.stderr,
+    )
+    print(report.json_line(header, summaries, output=str(built.output)))
+    return summaries
+
+
+def _problems(task: Task) -> tuple[Problem, ...]:
+    problems = tuple(task.problems())
+    if not problems:
+        raise CompareError("the task has no problems. A comparison needs some. Write a larger size.")
+    if len({problem.id for problem in problems}) < len(problems):
+        raise CompareError("two problems of the task have the same id. The ledger tells problems apart by it. Make the ids unique.")
+    return problems
+
+
+def _rows(built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
+    """Load every model that a row uses, once, on the CPU, and check every row before any forward."""
+    models: dict[object, Any] = {}
+    encoded: dict[object, tuple[tuple[int, ...], ...]] = {}
+    rows = []
+    for name, configuration in built.configurations.items():
+        key = built.models[configuration.model]  # equal recipes are one model
+        if key not in models:
+            models[key] = key.build()
+            encoded[key] = _encode(models[key], configuration.model, problems, built.run.max_new_tokens)
+        try:
+            check(models[key].spec, configuration.decoder, configuration.cache)
+        except ToolkitError as error:
+            raise CompareError(f"configurations.{name}: {error}") from error
+        rows.append(Row(name, models[key], configuration.decoder, configuration.cache, encoded[key]))
+    return rows
+
+
+def _encode(model: Any, name: str, problems: Sequence[Problem], budget: int) -> tuple[tuple[int, ...], ...]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CompareError(f"models.{name} has no tokenizer. Prompts are text. Put tokenizer.json beside its model.safetensors.")
+    prompts = tuple(tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)) for problem in problems)
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if not prompt:
+            raise CompareError(f"the prompt of {problem.id} is empty for models.{name}. There is nothing to answer. Change the task.")
+        if len(prompt) + budget > model.spec.max_positions:
+            raise CompareError(
+                f"the prompt of {problem.id} has {len(prompt)} tokens and the answer {budget}, but models.{name} has "
+                f"{model.spec.max_positions} positions. Write run.max_new_tokens={max(1, model.spec.max_positions - len(prompt))} or less."
+            )
+    check_prompts(model.spec, prompts, [budget] * len(prompts))
+    return prompts
+
+
+def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], device: torch.device) -> Header:
+    weights = {
+        f"weights.{name}": provenance.weights_fingerprint(next(row.model for row in rows if built.configurations[row.name].model == name))
+        for name in dict.fromkeys(configuration.model for configuration in built.configurations.values())
+    }
+    parts = [built.task, *(part for row in rows for part in (row.decoder, row.cache, row.model))]
+    return Header(
+        recipe_hash=ledger.recipe_hash(recipe.tree),
+        recipe=recipe.tree,
+        made_of={"code": provenance.code_fingerprint(parts), **weights},
+        made_on={
+            "device": provenance.device_name(device),
+            "kind": device.type,
+            "dtype": built.run.dtype,
+            "threads": torch.get_num_threads(),
+        },
+        versions=provenance.versions(),
+        commit=provenance.git_commit(),
+        date=provenance.now(),
+        batch_size=built.run.batch_size,
+        configurations=tuple(built.configurations),
+        baselines={"autoregressive": built.baselines.autoregressive, "vanilla": built.baselines.vanilla},
+        notes=(
+            f"configurations were measured one after the other in this order: {', '.join(built.configurations)}",
+            f"warm-up of each: {built.run.warm_up} problems, not counted",
+        ),
+    )

@@ -1,0 +1,351 @@
+"""The ledger: one JSON line a problem and configuration, and the only place that counts tokens, forwards and seconds.
+
+A comparison is only as good as its counting, so the rules stand here once (COUNTING) and travel in the header of every ledger.
+A ledger is appended to batch by batch, flushed and fsynced, and belongs to one recipe, one set of weights, one code, one machine:
+after a kill the same command continues where the file ends; anything else is refused and the file is left as it is.
+Tables, pictures and TensorBoard are made from a ledger alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.order import global_order, local_order
+
+COUNTING: tuple[str, ...] = (
+    "forwards (nfe): model invocations of a row until that row finished, prefill included",
+    "tokens: answer tokens up to and including the first end of text; all of them if there is none; no padding",
+    "tokens per forward: sum of tokens / sum of forwards over the problems (a ratio of sums; the mean over rows stands beside it)",
+    "tokens per second: sum of tokens / sum of wall seconds of the batches; prefill included, loading and warm-up excluded",
+    "latency: wall seconds from handing over a batch to its last answer, mean over problems",
+    "lanes: query tokens that went through the model for a row",
+    "accuracy: share of problems whose final answer is right; interval: 95 % bootstrap over the problems",
+    "speed-up: ratio of tokens per second to the named baseline row of the same ledger",
+)
+"""What every number in a ledger, a table or a picture means."""
+
+PRESENTATION = frozenset({"output", "report"})
+"""Recipe keys that change where and how results are shown, never what they are: not part of the hash."""
+
+
+class LedgerError(ToolkitError):
+    """A ledger that cannot be continued or read."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Which recipe made a ledger, out of what, and on what. `made_of` and `made_on` must agree to continue it."""
+
+    recipe_hash: str
+    recipe: Mapping[str, Any]
+    made_of: Mapping[str, str] = field(default_factory=dict)  # fingerprints: code, weights of each model
+    made_on: Mapping[str, Any] = field(default_factory=dict)  # device, threads, dtype
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    date: str = ""
+    batch_size: int = 1
+    configurations: tuple[str, ...] = ()
+    baselines: Mapping[str, str | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    counting: tuple[str, ...] = COUNTING
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One problem under one configuration. Tokens and positions are answer-relative."""
+
+    configuration: str
+    problem: str
+    prompt: str
+    reference: str
+    prompt_hash: str
+    prompt_tokens: int
+    output: tuple[int, ...]  # answer ids, the whole budget
+    pieces: tuple[str, ...]  # text of each counted token
+    text: str  # the answer up to, and without, the end of text
+    correct: bool
+    steps_right: float
+    exact: bool
+    nfe: int
+    tokens: int  # counted: up to and including the first end of text
+    canvas_tokens: int  # the whole budget
+    lanes: int
+    steps: int
+    commits: int
+    forced: int
+    edits: int
+    born: tuple[int, ...]  # row-step at which each answer token was written, -1: fill
+    seconds: float  # batch_seconds / batch_rows, so that seconds add up to wall time
+    batch: int
+    batch_rows: int
+    batch_seconds: float
+    seed: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a configuration achieved over its problems; see COUNTING. Shares lie in 0..1, times are seconds."""
+
+    name: str
+    problems: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    steps_right: float
+    exact: float
+    tokens_per_second: float
+    tokens_per_forward: float
+    tokens_per_forward_mean: float
+    nfe: float
+    latency: float
+    lanes: float
+    forced_share: float
+    order_local: float
+    order_global: float
+    tokens: int
+    seconds: float
+    batch_size: int
+    speedup_vs_ar: float | None = None
+    speedup_vs_vanilla: float | None = None
+
+
+def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
+    """Tokens that count: up to and including the first end of text; all of them if there is none."""
+    return next((index + 1 for index, token in enumerate(ids) if token in eos_ids), len(ids))
+
+
+def recipe_hash(resolved: Mapping[str, Any]) -> str:
+    """Hex digest of a resolved recipe without its presentation keys; the order of keys does not matter."""
+    return hashlib.sha256(_canonical(_counted_keys(resolved)).encode()).hexdigest()[:16]
+
+
+def accuracy_interval(correct: Sequence[bool], resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean, with a fixed seed.
+
+    Where all answers agree the bootstrap has no width; the exact binomial bound (Clopper-Pearson) stands in for it there.
+    """
+    count = len(correct)
+    values = np.asarray(correct, dtype=np.float64)
+    if count == 0:
+        return 0.0, 1.0
+    if values.min() == values.max():
+        bound = 0.025 ** (1.0 / count)
+        return (bound, 1.0) if values[0] else (0.0, 1.0 - bound)
+    draws = np.random.default_rng(0).integers(0, count, size=(resamples, count))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarise(records: Sequence[Record], *, autoregressive: str | None = None, vanilla: str | None = None) -> list[Summary]:
+    """One summary a configuration, in the order of first appearance; speed-ups against the two named baselines."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.configuration, []).append(record)
+    rates = {name: _ratio(sum(r.tokens for r in rows), sum(r.seconds for r in rows)) for name, rows in groups.items()}
+
+    def against(name: str, baseline: str | None) -> float | None:
+        return None if baseline not in rates or rates[baseline] <= 0 else rates[name] / rates[baseline]
+
+    return [_summary(name, rows, rates[name], against(name, autoregressive), against(name, vanilla)) for name, rows in groups.items()]
+
+
+def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None, versus_vanilla: float | None) -> Summary:
+    count = len(rows)
+    low, high = accuracy_interval([r.correct for r in rows])
+    counted = [r.born[: r.tokens] for r in rows]  # the order of padding after the end says nothing
+    return Summary(
+        name=name,
+        problems=count,
+        accuracy=sum(r.correct for r in rows) / count,
+        accuracy_low=low,
+        accuracy_high=high,
+        steps_right=sum(r.steps_right for r in rows) / count,
+        exact=sum(r.exact for r in rows) / count,
+        tokens_per_second=rate,
+        tokens_per_forward=_ratio(sum(r.tokens for r in rows), sum(r.nfe for r in rows)),
+        tokens_per_forward_mean=sum(_ratio(r.tokens, r.nfe) for r in rows) / count,
+        nfe=sum(r.nfe for r in rows) / count,
+        latency=sum(r.batch_seconds for r in rows) / count,
+        lanes=sum(r.lanes for r in rows) / count,
+        forced_share=_ratio(sum(r.forced for r in rows), sum(r.commits for r in rows)),
+        order_local=sum(local_order(born) for born in counted) / count,
+        order_global=sum(global_order(born) for born in counted) / count,
+        tokens=sum(r.tokens for r in rows),
+        seconds=sum(r.seconds for r in rows),
+        batch_size=max(r.batch_rows for r in rows),
+        speedup_vs_ar=versus_ar,
+        speedup_vs_vanilla=versus_vanilla,
+    )
+
+
+def read(path: Path) -> tuple[Header, list[Record]]:
+    """Header and records of whole batches. An unfinished last batch (a run that was killed) is left out."""
+    header, records, _ = _scan(path)
+    return header, records
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """An open ledger: `records` were there when it was opened, `append` adds one batch and returns when it is on the disk."""
+
+    path: Path
+    records: tuple[Record, ...]
+    stream: IO[bytes]
+
+    def append(self, batch: Sequence[Record]) -> None:
+        lines = b"".join(_line("record", asdict(record)) for record in batch)
+        self.stream.write(lines)
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+
+
+@contextlib.contextmanager
+def open_ledger(path: Path, header: Header) -> Iterator[Ledger]:
+    """Start a ledger, or continue one that the same recipe, weights, code and machine made.
+
+    Errors: LedgerError if the file is not a ledger, another run writes it, or it was made otherwise; it is not touched then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(f"cannot make the directory {path.parent} ({error}). Write output=... for another one.") from error
+    if not path.exists():
+        # Written aside and renamed: a ledger with half a header never exists, however early the kill.
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+        with fresh.open("wb") as stream:
+            stream.write(_line("header", asdict(header)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(fresh, path)
+    with path.open("r+b") as stream:
+        _lock(stream, path)
+        old, records, end = _scan(path)
+        _require_same(path, old, header)
+        if end < path.stat().st_size:
+            print(
+                f"note: {path} ends in an unfinished batch (its run was stopped); that batch is measured again",
+                file=sys.stderr,
+            )
+            stream.truncate(end)
+        stream.seek(0, os.SEEK_END)
+        yield Ledger(path, tuple(records), stream)
+
+
+def _scan(path: Path) -> tuple[Header, list[Record], int]:
+    """Header, records of whole batches, and the byte at which the last whole batch ends."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    header = _parse(lines[0], path, 1, Header, "header") if lines and lines[0].endswith(b"\n") else None
+    if not isinstance(header, Header):
+        raise LedgerError(f"{path} is not a ledger: it does not start with a header. Write output=... to use another directory.")
+    records: list[Record] = []
+    batch: list[Record] = []
+    position = end = len(lines[0])
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.endswith(b"\n") and number == len(lines):
+            break
+        record = _parse(line, path, number, Record, "record")
+        assert isinstance(record, Record)
+        if batch and (record.configuration, record.batch) != (batch[0].configuration, batch[0].batch):
+            raise LedgerError(
+                f"{path}, line {number}: batch {batch[0].batch} of {batch[0].configuration} has {len(batch)} of "
+                f"{batch[0].batch_rows} records. The file was edited or written twice. Write output=... to start another ledger."
+            )
+        batch.append(record)
+        position += len(line)
+        if len(batch) == record.batch_rows:
+            records += batch
+            batch, end = [], position
+    seen: set[tuple[str, str]] = set()
+    for record in records:
+        if (record.configuration, record.problem) in seen:
+            raise LedgerError(
+                f"{path} holds {record.problem} of {record.configuration} twice. A repeated record would be counted twice. "
+                "Write output=... to start another ledger."
+            )
+        seen.add((record.configuration, record.problem))
+    return header, records, end
+
+
+def _parse(line: bytes, path: Path, number: int, into: type[Header] | type[Record], kind: str) -> Header | Record:
+    try:
+        content = json.loads(line)
+        if content.pop("kind") != kind:
+            raise ValueError(f"not a {kind}")
+        known = {f.name for f in fields(into)}
+        tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items() if key in known}
+        return into(**tuples)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LedgerError(
+            f"{path}, line {number} is not a ledger {kind} ({error}). The file is damaged or something else. "
+            "Write output=... to use another directory."
+        ) from error
+
+
+def _require_same(path: Path, old: Header, new: Header) -> None:
+    advice = f"Its records are kept. Write output=... for another directory, or delete {path.name} to measure again."
+    if old.recipe_hash != new.recipe_hash:
+        differing = _differences(_counted_keys(old.recipe), _counted_keys(new.recipe))
+        raise LedgerError(f"{path} belongs to another recipe: {differing} (there -> here). {advice}")
+    for what, there, here in (
+        ("other code or weights", old.made_of, new.made_of),
+        ("another machine or set-up", old.made_on, new.made_on),
+    ):
+        if dict(there) != dict(here):
+            raise LedgerError(f"{path} was made by {what}: {_differences(there, here)} (there -> here). {advice}")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], most: int = 5) -> str:
+    left, right = _flat(there), _flat(here)
+    keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+    listed = ", ".join(f"{key} {_short(left, key)} -> {_short(right, key)}" for key in keys[:most])
+    return listed + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _flat(node: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(node, Mapping) and node:
+        return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: node}
+
+
+def _short(flat: Mapping[str, object], key: str) -> str:
+    text = json.dumps(flat[key], default=str) if key in flat else "(absent)"
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _counted_keys(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in resolved.items() if key not in PRESENTATION}
+
+
+def _canonical(node: object) -> str:
+    return json.dumps(node, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _line(kind: str, content: Mapping[str, Any]) -> bytes:
+    return json.dumps({"kind": kind, **content}, default=str, ensure_ascii=False).encode() + b"\n"
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Two runs appending to one ledger would interleave batches. The lock goes with the process, even a killed one."""
+    if sys.platform == "win32":  # no advisory locks there; everything else works
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LedgerError(f"{path} is being written by another run. Wait for it, or write output=... for this one.") from error
+
+
+def _ratio(numerator: float | int, denominator: float | int) -> float:
+    return numerator / denominator if denominator else 0.0

@@ -1,0 +1,231 @@
+"""Measuring: decode the problems of each row batch by batch, time them, and hand the records to the ledger.
+
+Only `decode` runs between two readings of its clock; grading, text and the ledger come after. A row is warmed up first, with batches of
+its own size, since the first calls of a library or a compiled graph would otherwise be counted as decoding.
+"""
+
+import contextlib
+import gc
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.decode import Output, decode
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation import ledger
+from dllm_toolkit.evaluation.ledger import Ledger, Record
+from dllm_toolkit.evaluation.tasks import Problem, Task
+
+
+class CompareError(ToolkitError):
+    """A comparison that cannot be run as its recipe says."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How every row is run.
+
+    max_new_tokens: budget of the answer. batch_size: problems decoded together. seed: problem i uses seed + i. device: cpu, cuda, cuda:1,
+    or auto (cuda if there is one). threads: CPU threads, null for torch's own choice. warm_up: problems decoded before the clock starts,
+    rounded up to whole batches. compile: torch.compile the forward and the decision.
+    """
+
+    max_new_tokens: int = 96
+    batch_size: int = 1
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    threads: int | None = None
+    warm_up: int = 1
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("warm_up", 0),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise CompareError(f"{name} must be at least {least}, got {value}. Write {name}: {least} or more.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration with its loaded model and the encoded prompts."""
+
+    name: str
+    model: Any
+    decoder: Decoder
+    cache: Cache
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def fill(
+    book: Ledger,
+    rows: Sequence[Row],
+    problems: Sequence[Problem],
+    task: Task,
+    run: RunOptions,
+    device: torch.device,
+) -> None:
+    """Measure what the ledger lacks, batch by batch; models move to `device` and `run.dtype` when their row comes."""
+    done = {(record.configuration, record.problem) for record in book.records}
+    total = len(rows) * len(problems)
+    if done:
+        rest = "continuing" if len(done) < total else "nothing is measured again; delete the file or write output=... to do so"
+        print(f"note: {book.path} already holds {len(done)} of {total} answers; {rest}", file=sys.stderr)
+    size = run.batch_size
+    batches = [range(start, min(start + size, len(problems))) for start in range(0, len(problems), size)]
+    with _progress(total, len(done)) as tick:
+        before = None
+        for row in rows:
+            # The ledger keeps whole batches, so a batch is either there or missing.
+            missing = [(number, batch) for number, batch in enumerate(batches) if (row.name, problems[batch[0]].id) not in done]
+            if not missing:
+                continue
+            if before is not None and before is not row.model and device.type != "cpu":
+                before.to("cpu")
+            row.model.to(device=device, dtype=getattr(torch, run.dtype))
+            before = row.model
+            tick(row.name, 0)
+            for batch in batches[: -(-run.warm_up // size)]:
+                _decode(row, batch, run)
+            gc.collect()
+            for number, batch in missing:
+                output = _decode(row, batch, run)
+                book.append(_records(row, number, batch, problems, task, run, output))
+                tick(row.name, len(batch))
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CompareError(f"run.device is no device, got {name!r}. Write device: cpu, cuda, cuda:1 or auto.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise CompareError(
+            f"run.device is not on this machine, got {name!r}: {torch.cuda.device_count()} CUDA devices here. Write device: auto or cpu."
+        )
+    return device
+
+
+def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
+    return decode(
+        row.model,
+        row.decoder,
+        [list(row.prompts[index]) for index in batch],
+        max_new_tokens=run.max_new_tokens,
+        cache=row.cache,
+        seed=[run.seed + index for index in batch],
+        compile=run.compile,
+    )
+
+
+def _records(
+    row: Row,
+    number: int,
+    batch: Sequence[int],
+    problems: Sequence[Problem],
+    task: Task,
+    run: RunOptions,
+    output: Output,
+) -> list[Record]:
+    spec, tokenizer, stats = row.model.spec, row.model.tokenizer, output.stats
+    born, begins = output.born.tolist(), output.begin.tolist()
+    records = []
+    for index, problem_index in enumerate(batch):
+        problem, prompt, ids = problems[problem_index], row.prompts[problem_index], output.tokens[index]
+        counted = ledger.answer_tokens(ids, spec.eos_ids)
+        body = ids[:counted]
+        text = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
+        grade = task.grade(problem, text)
+        records.append(
+            Record(
+                configuration=row.name,
+                problem=problem.id,
+                prompt=problem.prompt,
+                reference=problem.reference,
+                prompt_hash=hashlib.sha256(problem.prompt.encode()).hexdigest()[:16],
+                prompt_tokens=len(prompt),
+                output=tuple(ids),
+                pieces=_pieces(tokenizer, body),
+                text=text,
+                correct=bool(grade.correct),
+                steps_right=float(grade.steps_right),
+                exact=bool(grade.exact),
+                nfe=int(stats.nfe[index]),
+                tokens=counted,
+                canvas_tokens=len(ids),
+                lanes=int(stats.lanes[index]),
+                steps=int(stats.steps[index]),
+                commits=int(stats.commits[index]),
+                forced=int(stats.forced[index]),
+                edits=int(stats.edits[index]),
+                born=tuple(born[index][begins[index] : begins[index] + len(ids)]),
+                seconds=stats.seconds / len(batch),
+                batch=number,
+                batch_rows=len(batch),
+                batch_seconds=stats.seconds,
+                seed=run.seed + problem_index,
+                extra=dict(grade.extra),
+            )
+        )
+    return records
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text that each token adds, so that a page can colour an answer token by token: the pieces join to the decoded text."""
+    pieces, before = [], ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count], skip_special_tokens=False)
+        # A character whose bytes span tokens shows as U+FFFD until its last token: let that token carry it.
+        whole = text.rstrip("\ufffd") if count < len(ids) else text
+        pieces.append(whole[len(before) :])
+        before = whole if len(whole) > len(before) else before
+    return tuple(pieces)
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
+    """Yields tick(configuration, answers): a bar on stderr; where stderr is no terminal, a line as each configuration starts."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=total, completed=done)
+        count = done
+
+        def tick(name: str, answers: int) -> None:
+            nonlocal count
+            if not console.is_terminal and answers == 0:
+                print(f"{name}: starting, {count} of {total} answers so far", file=sys.stderr, flush=True)
+            count += answers
+            bar.update(task, description=name, advance=answers)
+
+        yield tick

@@ -1,0 +1,249 @@
+"""Pictures of a ledger, drawn with matplotlib for TensorBoard and for the README: the Pareto figure and the commit order.
+
+Colours are Okabe and Ito's, which stay apart under the common colour blindnesses; every configuration also has a number, so no
+picture depends on colour alone. Figures are built without pyplot: no global state, no window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.ledger import Header, Record, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5F5F5F")
+LIGHT = frozenset({"#56B4E9", "#E69F00"})  # too light for white print
+DECIDED, NOW, FINISHED, INK, FAINT = "#b9d6ea", "#0b4f7d", "#eef3f7", "#1b1f24", "#6d7680"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats in both coordinates, from left to right."""
+    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1]))
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front[::-1]
+
+
+def pareto_figure(summaries: Sequence[Summary]) -> Figure:
+    """Accuracy against tokens per second (log) and against tokens per forward, with 95 % intervals; up and right is better."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    figure = _figure(10.5, 4.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _pareto_axes(left, summaries, [s.tokens_per_second for s in summaries], "tokens per second (log scale)")
+    _pareto_axes(right, summaries, [s.tokens_per_forward for s in summaries], "tokens per forward")
+    if all(s.tokens_per_second > 0 for s in summaries):
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        left.xaxis.set_minor_locator(NullLocator())
+    left.set_ylim(top=102)
+    left.set_ylabel("accuracy, %")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="lower center",
+        ncols=min(4, len(names)),
+        frameon=False,
+        fontsize=9,
+        labelspacing=0.9,
+    )
+    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(names) - 1) // 4), 1, 1))
+    return figure
+
+
+def _pareto_axes(axes: Axes, summaries: Sequence[Summary], x: Sequence[float], label: str) -> None:
+    front = pareto_front([(x[i], s.accuracy) for i, s in enumerate(summaries)])
+    axes.plot(
+        [x[i] for i in front],
+        [100 * summaries[i].accuracy for i in front],
+        color=FAINT,
+        lw=1,
+        ls="--",
+        zorder=1,
+    )
+    for index, summary in enumerate(summaries):
+        colour, y = PALETTE[index % len(PALETTE)], 100 * summary.accuracy
+        axes.plot(
+            [x[index]] * 2,
+            [100 * summary.accuracy_low, 100 * summary.accuracy_high],
+            color=colour,
+            lw=1.2,
+            alpha=0.5,
+        )
+        axes.scatter([x[index]], [y], s=190, color=colour, zorder=3, label=f"{index + 1}  {summary.name}")
+        axes.annotate(
+            str(index + 1),
+            (x[index], y),
+            ha="center",
+            va="center",
+            color=INK if colour in LIGHT else "white",
+            fontsize=8,
+            fontweight="bold",
+            zorder=4,
+        )
+    axes.set_xlabel(label)
+    _tidy(axes)
+
+
+def order_figure(records: Sequence[Record]) -> Figure:
+    """Commit order of one problem, a panel a configuration: across is the position in the answer, down is the step.
+
+    White: still masked; dark: decided in this step; light: decided before; pale grey: the whole answer was done.
+    """
+    columns = min(3, len(records))
+    rows = -(-len(records) // columns)
+    figure = _figure(4.2 * columns, 2.6 * rows + 0.3)
+    for index, record in enumerate(records):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        draw_order(axes, record)
+        axes.set_title(f"{record.configuration}: {record.tokens} tokens, {record.nfe} forwards", fontsize=10, loc="left")
+        axes.set_xlabel("position in the answer", fontsize=9)
+        if index % columns == 0:
+            axes.set_ylabel("step", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def draw_order(axes: Axes, record: Record, steps: int | None = None) -> None:
+    """The position x step heat map of one record on `axes`; `steps` rows high (None: as many as the record took)."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    born = np.asarray(record.born[: record.tokens])  # [T]
+    height = steps or max(1, int(born.max(initial=0)) + 1)
+    step = np.arange(height)[:, None]
+    cells = np.where(born < 0, 0, np.where(step == born, 2, np.where(step > born, 1, 0)))  # [height, T]
+    cells = np.where(step > born.max(initial=0), 3, cells)
+    axes.imshow(
+        cells,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap(["#ffffff", DECIDED, NOW, FINISHED]),
+        vmin=0,
+        vmax=3,
+        origin="upper",
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.tick_params(colors=INK, labelsize=8, length=3)
+
+
+def readme_figure(
+    header: Header,
+    records: Sequence[Record],
+    summaries: Sequence[Summary],
+    path: Path,
+    *,
+    bars: Sequence[str] = ("vanilla", "semi_ar", "fast_dllm", "autoregressive", "d2f"),
+    order: Sequence[str] = ("autoregressive", "d2f"),
+    labels: dict[str, str] | None = None,
+) -> None:
+    """The picture at the top of the README, to `path` (.png or .svg).
+
+    Left: tokens per second of the `bars` configurations with accuracy and tokens per forward. Right: in which order the `order`
+    configurations decided the same answer, on one scale of steps. `labels` renames configurations for readers.
+    """
+    known = {s.name: s for s in summaries}
+    missing = [name for name in (*bars, *order) if name not in known]
+    if missing:
+        raise ToolkitError(f"the picture needs configurations the ledger has, got {missing}. Write some of {sorted(known)}.")
+    rename = labels or {}
+    figure = _figure(11.5, 4.4)
+    grid = figure.add_gridspec(len(order), 2, width_ratios=(1.1, 1), hspace=0.75, wspace=0.16)
+    _bars(figure.add_subplot(grid[:, 0]), [known[name] for name in bars], rename)
+    shown = _typical(records, order)
+    steps = max(max(record.born[: record.tokens]) for record in shown) + 1
+    for row, record in enumerate(shown):
+        axes = figure.add_subplot(grid[row, 1])
+        draw_order(axes, record, steps)
+        finish = max(record.born[: record.tokens]) + 1
+        if finish < 0.75 * steps:
+            middle = ((record.tokens - 1) / 2, (finish + steps - 1) / 2)
+            axes.annotate("finished", middle, ha="center", va="center", fontsize=9.5, color=FAINT)
+        name = rename.get(record.configuration, record.configuration)
+        axes.set_title(f"{name}: {record.tokens} tokens in {record.nfe} forwards", fontsize=10.5, loc="left", color=INK)
+        axes.set_ylabel("step", fontsize=9.5)
+        if row == len(order) - 1:
+            axes.set_xlabel("position in the answer\n(dark: decided in this step, light: before it)", fontsize=9.5)
+    where = f"{header.made_on.get('device', '')}, {header.made_on.get('dtype', '')}, batch {header.batch_size}"
+    figure.text(
+        0.995,
+        0.012,
+        f"{len(records) // max(1, len(summaries))} held-out problems. {where}",
+        ha="right",
+        fontsize=8,
+        color=FAINT,
+    )
+    figure.subplots_adjust(left=0.145, right=0.985, top=0.9, bottom=0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=170)
+
+
+def _bars(axes: Axes, rows: Sequence[Summary], rename: dict[str, str]) -> None:
+    rates = [row.tokens_per_second for row in rows]
+    best = max(rates)
+    axes.barh(range(len(rows)), rates, color=[NOW if rate == best else "#9fb8c9" for rate in rates], height=0.62)
+    for index, row in enumerate(rows):
+        inside = rates[index] > 0.66 * best
+        axes.annotate(
+            f"{rates[index]:,.0f}  ·  {100 * row.accuracy:.0f} % right  ·  {row.tokens_per_forward:.1f} tokens/forward",
+            (rates[index], index),
+            xytext=(-6 if inside else 6, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=9,
+            color="white" if inside and rates[index] == best else INK,
+        )
+    axes.set_yticks(range(len(rows)), [rename.get(row.name, row.name) for row in rows], fontsize=10.5)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second", fontsize=9.5)
+    axes.set_title("Speed and accuracy", fontsize=10.5, loc="left", color=INK)
+    _tidy(axes)
+    axes.grid(False, axis="y")
+
+
+def _typical(records: Sequence[Record], names: Sequence[str]) -> list[Record]:
+    """The records of `names` on one problem: the one of median length, right for all of them if there is such a one."""
+    by_problem: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record.configuration in names:
+            by_problem.setdefault(record.problem, {})[record.configuration] = record
+    whole = [rows for rows in by_problem.values() if len(rows) == len(set(names))]
+    right = [rows for rows in whole if all(record.correct for record in rows.values())] or whole
+    right.sort(key=lambda rows: rows[names[-1]].tokens)
+    chosen = right[len(right) // 2]
+    return [chosen[name] for name in names]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.grid(True, color="#e7eaee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=3)

@@ -1,0 +1,102 @@
+"""A ledger as TensorBoard event files: a run a configuration (scalars, hparams, curves) and one run for the comparison (pictures, text).
+
+`tokens decided` is a curve over forwards, so that the shape of a decode, not only its total, can be compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm_toolkit.evaluation.ledger import Header, Record, Summary
+from dllm_toolkit.evaluation.order import commits_per_step
+from dllm_toolkit.evaluation.pictures import order_figure, pareto_figure
+
+_SCALARS = (
+    "accuracy",
+    "steps_right",
+    "exact",
+    "tokens_per_second",
+    "tokens_per_forward",
+    "nfe",
+    "latency",
+    "lanes",
+    "forced_share",
+    "order_local",
+    "order_global",
+    "speedup_vs_ar",
+    "speedup_vs_vanilla",
+)
+
+
+def write_tensorboard(directory: Path, header: Header, records: Sequence[Record], summaries: Sequence[Summary]) -> None:
+    """Write event files under `directory`, one folder a configuration and `comparison`. What an earlier report left is replaced."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    for stale in sorted(directory.glob("*/events.out.tfevents.*")):
+        stale.unlink()
+    configurations = header.recipe.get("configurations", {})
+    for summary in summaries:
+        with SummaryWriter(str(directory / summary.name)) as writer:
+            metrics = {name: value for name in _SCALARS if (value := getattr(summary, name)) is not None}
+            for name, value in metrics.items():
+                writer.add_scalar(f"comparison/{name}", value)
+            # `add_hparams` would open a sub-run of its own; the three summaries behind it belong into this run.
+            settings = hyperparameters(configurations.get(summary.name, {}))
+            assert writer.file_writer is not None
+            for piece in hparams(settings, {f"comparison/{name}": value for name, value in metrics.items()}):
+                writer.file_writer.add_summary(piece)
+            rows = [record for record in records if record.configuration == summary.name]
+            for step, decided in enumerate(decided_curve(rows)):
+                writer.add_scalar("tokens decided/share of the answer after this many steps", decided, step)
+    with SummaryWriter(str(directory / "comparison")) as writer:
+        writer.add_figure("pareto", pareto_figure(summaries))
+        for record_group in by_problem(records)[:3]:
+            writer.add_figure(f"commit order/{record_group[0].problem}", order_figure(record_group))
+            writer.add_text(f"decoded/{record_group[0].problem}", _text(record_group))
+        writer.add_text("counting", "\n".join(f"- {rule}" for rule in header.counting))
+
+
+def hyperparameters(configuration: Mapping[str, Any] | str, prefix: str = "") -> dict[str, Any]:
+    """A configuration's recipe, flattened to `decoder.threshold: 0.9`; a component's own name stands under its slot."""
+    flat: dict[str, Any] = {}
+    for key, value in configuration.items() if isinstance(configuration, Mapping) else ():
+        name = prefix if key == "_component_" else f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat |= hyperparameters(value, name)
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def decided_curve(records: Sequence[Record]) -> list[float]:
+    """Mean share (0..1) of the counted tokens that are decided after 0, 1, 2, ... steps."""
+    curves = []
+    for record in records:
+        total, curve = 0, [0.0]
+        counts = commits_per_step(record.born[: record.tokens])
+        for count in counts:
+            total += count
+            curve.append(total / max(1, sum(counts)))
+        curves.append(curve)
+    length = max((len(curve) for curve in curves), default=0)
+    return [sum(curve[min(step, len(curve) - 1)] for curve in curves) / len(curves) for step in range(length)]
+
+
+def by_problem(records: Sequence[Record]) -> list[list[Record]]:
+    """Records grouped by problem, in order of appearance."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.problem, []).append(record)
+    return list(groups.values())
+
+
+def _text(group: Sequence[Record]) -> str:
+    def quote(text: str) -> str:
+        return "\n".join(f"    {line}" for line in text.splitlines() or [""])  # an indented block: shown as it is, never as markup
+
+    parts = [f"**problem**\n\n{quote(group[0].prompt)}", f"**reference**\n\n{quote(group[0].reference)}"]
+    for record in group:
+        verdict = "right" if record.correct else "wrong"
+        parts.append(f"**{record.configuration}** ({verdict}, {record.tokens} tokens, {record.nfe} forwards)\n\n{quote(record.text)}")
+    return "\n\n".join(parts)

@@ -1,0 +1,312 @@
+"""The catalogue: everything that is registered, with arguments that make the toys work, and a live value for every argument.
+
+Explicit on purpose. A method that is in no case is untested, and tests/contract/test_catalogue.py fails; an argument without a knob, or
+with a knob that changes nothing on any toy, is dead, and tests/lattice/test_knobs.py fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from dllm_toolkit.cache import policies
+from dllm_toolkit.decoders.autoregressive import NextToken, autoregressive
+from dllm_toolkit.decoders.base import Decoder, Schedule
+from dllm_toolkit.decoders.block import BlockDecoder
+from dllm_toolkit.decoders.confidence_adaptive import Adaptive, confidence_adaptive
+from dllm_toolkit.decoders.d2f import d2f
+from dllm_toolkit.decoders.fast_dllm import fast_dllm
+from dllm_toolkit.decoders.rules.commit import Factor, Gate, Quota, threshold
+from dllm_toolkit.decoders.rules.propose import Sample
+from dllm_toolkit.decoders.rules.revise import Keep
+from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, whole_answer
+from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
+from dllm_toolkit.decoders.semi_ar import semi_ar
+from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.testing.rules import Doubt, Rewrite
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A value of an argument that must change the decode on some toy. given: other arguments that both sides use.
+
+    place: how a part becomes a decoder, where the standard template would hide the argument.
+    """
+
+    value: Any
+    given: Arguments = field(default_factory=dict)
+    place: Callable[[Any], Decoder] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One component as the tests use it.
+
+    maker: the registered class or function. arguments: what it is made with. knobs: for each argument a value that must matter. idle:
+    steps beyond one a token that the decoder declares. slow: a decoder that gives the same text with as many forwards or more.
+    """
+
+    name: str
+    kind: str
+    maker: Callable[..., Any]
+    arguments: Arguments = field(default_factory=dict)
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
+    idle: int = 0
+    slow: Callable[[], Decoder] | None = None
+
+    def build(self, **changes: Any) -> Any:
+        return self.maker(**{**self.arguments, **changes})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SAMPLED = {"temperature": 1.0}
+D2F = {"block_length": 4, "threshold": 0.6, "add_at": 0.5, "activate_at": 0.75}
+PIPELINED = {"block_length": 4, "add_at": 0.5, "activate_at": 0.75}
+_gate_by_margin = partial(BlockDecoder, SemiAutoregressive(4), propose=Sample(score="margin"))
+
+
+def _gate_to_the_end(schedule: Schedule) -> Decoder:
+    return BlockDecoder(schedule, Gate(0.6), stop=WhenFull())
+
+
+DECODERS = (
+    Case(
+        "vanilla",
+        "decoder",
+        vanilla,
+        knobs={
+            "steps": Knob(4),
+            "block_length": Knob(4),
+            "temperature": Knob(1.0),
+            "remasking": Knob("random"),
+            "suppress": Knob(("eos",)),
+            "defer": Knob(("eos",)),
+            "idle_steps": Knob(True, {"steps": 40}),
+        },
+    ),
+    Case("vanilla in blocks", "decoder", vanilla, {"steps": 5, "block_length": 4}),
+    Case("vanilla sampled", "decoder", vanilla, {"block_length": 4, "remasking": "random", **SAMPLED}),
+    Case(
+        "vanilla idle",
+        "decoder",
+        vanilla,
+        {"block_length": 4, "steps": 20, "idle_steps": True},
+        idle=20,
+    ),
+    Case("vanilla without end", "decoder", vanilla, {"steps": 6, "suppress": ("eos", 3), "defer": (5, 7)}),
+    Case(
+        "semi_ar",
+        "decoder",
+        semi_ar,
+        {"block_length": 4},
+        knobs={"block_length": Knob(2), "steps": Knob(4), "temperature": Knob(1.0)},
+        slow=lambda: vanilla(block_length=4),
+    ),
+    Case("semi_ar in steps", "decoder", semi_ar, {"block_length": 3, "steps": 5}),
+    Case(
+        "fast_dllm",
+        "decoder",
+        fast_dllm,
+        {"block_length": 4, "threshold": 0.6},
+        knobs={
+            "block_length": Knob(2),
+            "threshold": Knob(0.9),
+            "factor": Knob(1.5, {"threshold": None}),
+            "temperature": Knob(1.0),
+            "stop_at_eos": Knob(False),
+            "official_tail": Knob(True, {"threshold": None, "factor": 1.5}),
+        },
+        slow=lambda: fast_dllm(4, threshold=0.6, stop_at_eos=False),
+    ),
+    Case("fast_dllm factor", "decoder", fast_dllm, {"block_length": None, "factor": 1.5, "official_tail": True}),
+    Case("fast_dllm factor sampled", "decoder", fast_dllm, {"block_length": 4, "factor": 1.0, **SAMPLED}),
+    Case(
+        "confidence_adaptive",
+        "decoder",
+        confidence_adaptive,
+        {"block_length": 4, "threshold": 0.6},
+        knobs={
+            "block_length": Knob(2),
+            "threshold": Knob(0.9),
+            "minimum": Knob(2),
+            "maximum": Knob(1),
+            "eos_share": Knob(0.0),
+            "late": Knob(tuple(range(13))),
+            "max_steps_per_block": Knob(1),
+            "score": Knob("negative_entropy", {"threshold": None}),
+            "temperature": Knob(1.0),
+            "stop_at_eos": Knob(False),
+        },
+        slow=lambda: confidence_adaptive(4, threshold=0.6, stop_at_eos=False),
+    ),
+    Case(
+        "confidence_adaptive entropy",
+        "decoder",
+        confidence_adaptive,
+        {"block_length": None, "score": "negative_entropy", "threshold": -1.2, "minimum": 2, "maximum": 3, "max_steps_per_block": 2},
+    ),
+    Case(
+        "d2f",
+        "decoder",
+        d2f,
+        D2F,
+        knobs={
+            "block_length": Knob(2),
+            "threshold": Knob(0.9),
+            "add_at": Knob(1.0),
+            "activate_at": Knob(0.25),
+            "fallback": Knob("margin", {"threshold": 0.9}),
+            "temperature": Knob(1.0),
+            "top_p": Knob(0.5, SAMPLED),
+            "top_k": Knob(2, SAMPLED),
+            "max_open": Knob(1),
+            "official_loop": Knob(True),
+        },
+    ),
+    Case(
+        "d2f sampled",
+        "decoder",
+        d2f,
+        {**D2F, **SAMPLED, "top_p": 0.9, "top_k": 5, "max_open": 2, "fallback": "negative_entropy"},
+    ),
+    Case("d2f official", "decoder", d2f, {**D2F, "official_loop": True}),
+    Case("d2f eager", "decoder", d2f, {"block_length": 2, "threshold": 0.3, "add_at": 0.0, "activate_at": 0.0}),
+    Case(
+        "autoregressive",
+        "decoder",
+        autoregressive,
+        knobs={"temperature": Knob(1.0), "top_p": Knob(0.5, SAMPLED), "top_k": Knob(2, SAMPLED)},
+    ),
+    Case("autoregressive sampled", "decoder", autoregressive, {**SAMPLED, "top_p": 0.9, "top_k": 8}),
+    Case(
+        "block",
+        "decoder",
+        BlockDecoder,
+        {"schedule": SemiAutoregressive(4), "commit": Gate(0.5, minimum=1, maximum=2)},
+        knobs={
+            "schedule": Knob(SemiAutoregressive(2)),
+            "commit": Knob(Gate(0.9)),
+            "propose": Knob(Sample(score="margin")),
+            "revise": Knob(Rewrite()),
+            "stop": Knob(WhenFull()),
+        },
+    ),
+    Case(
+        "block rewriting",
+        "decoder",
+        BlockDecoder,
+        {"schedule": SemiAutoregressive(4), "commit": Gate(0.4), "revise": Rewrite()},
+    ),
+    Case(
+        "block doubting",
+        "decoder",
+        BlockDecoder,
+        {"schedule": SemiAutoregressive(None), "commit": Gate(0.4), "revise": Doubt()},
+    ),
+    Case(
+        "pipeline rewriting",
+        "decoder",
+        BlockDecoder,
+        {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
+    ),
+)
+
+SCHEDULES = (
+    Case(
+        "semi_autoregressive",
+        "schedule",
+        SemiAutoregressive,
+        {"block_length": 4},
+        knobs={"block_length": Knob(2), "hold": Knob(40)},
+    ),
+    Case("whole_answer", "schedule", whole_answer),
+    Case(
+        "pipelined",
+        "schedule",
+        Pipelined,
+        PIPELINED,
+        knobs={
+            "block_length": Knob(2),
+            "add_at": Knob(1.0),
+            "activate_at": Knob(0.25),
+            "max_open": Knob(1),
+            "finish_opened": Knob(True, {"add_at": 0.0}, _gate_to_the_end),
+            "whole_blocks": Knob(True),
+        },
+    ),
+    Case("next_token", "schedule", NextToken),
+)
+
+PROPOSALS = (
+    Case(
+        "sample",
+        "propose",
+        Sample,
+        knobs={
+            "temperature": Knob(1.0),
+            "top_k": Knob(2, SAMPLED),
+            "top_p": Knob(0.5, SAMPLED),
+            "score": Knob("random"),
+            "evidence": Knob("filtered", {"temperature": 0.5}),
+            "suppress": Knob(("eos", 3)),
+            "defer": Knob(("eos", 3)),
+        },
+    ),
+)
+
+COMMITS = (
+    Case("quota", "commit", Quota, knobs={"steps": Knob(4)}),
+    Case(
+        "gate",
+        "commit",
+        Gate,
+        {"at_least": 0.6},
+        knobs={
+            "at_least": Knob(0.9),
+            "strict": Knob(True, {"at_least": 1.0}),
+            "on": Knob("score", place=_gate_by_margin),
+            "minimum": Knob(2),
+            "maximum": Knob(1),
+        },
+    ),
+    Case(
+        "threshold",
+        "commit",
+        threshold,
+        {"at_least": 0.6},
+        knobs={"at_least": Knob(0.9), "strict": Knob(True, {"at_least": 1.0})},
+    ),
+    Case("factor", "commit", Factor, {"factor": 1.5}, knobs={"factor": Knob(0.5), "official_tail": Knob(True)}),
+    Case(
+        "adaptive",
+        "commit",
+        Adaptive,
+        {"at_least": 0.6},
+        knobs={
+            "at_least": Knob(0.9),
+            "minimum": Knob(2),
+            "maximum": Knob(1),
+            "eos_share": Knob(0.0),
+            "late": Knob(tuple(range(13))),
+            "max_steps": Knob(1),
+        },
+    ),
+)
+
+REVISIONS = (Case("keep", "revise", Keep),)
+STOPS = (Case("at_eos", "stop", AtEos), Case("when_full", "stop", WhenFull))
+CACHES = (
+    Case("none", "cache", policies.NoCache),
+    Case("prefix", "cache", policies.PrefixCache),
+    Case("dual", "cache", policies.DualCache),
+    Case("block_causal", "cache", policies.BlockCausalCache),
+)
+
+PARTS = (*SCHEDULES, *PROPOSALS, *COMMITS, *REVISIONS, *STOPS)
+ALL = (*DECODERS, *PARTS, *CACHES)

@@ -1,0 +1,364 @@
+"""The decoder contract: D0 .. D14, each a function that raises `Violation` with a sentence a researcher can act on.
+
+    D0  a step changes no state that it was given          D7  decided positions stay, closed ones for good
+    D1  everything is decided, only fill behind the end    D8  the reported account is the true one
+    D2  prompt, pinned tokens and padding never change     D9  chosen <= eligible <= read <= compute <= visible
+    D3  same seed, same decode; no other randomness        D10 stopping at end-of-text changes no token before it
+    D4  every forced group commits in every step           D13 the state is enough to go on from
+    D5  a row does not depend on its neighbours            D14 infilling: pinned tokens inside the answer
+    D6  nor on its place in the batch
+
+D11 (one compiled graph) is in tests/compile, D12 (a faster loop gives the same text) in `check_same_text`. Logits are compared, to 1e-10
+in float64: equal tokens hide errors that only a sharper model would show.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decode import decode
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.decoders.block import BlockDecoder
+from dllm_toolkit.decoders.rules.propose import Sample
+from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
+from dllm_toolkit.engine import Engine
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.state import State
+from dllm_toolkit.testing.models import Counting
+from dllm_toolkit.testing.record import Batch, Moment, Recording, difference, infill, record, unequal
+from dllm_toolkit.types import Canvas, Result
+
+
+class Violation(AssertionError):
+    """A promise that does not hold; the message says which row, step and position."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A decoder, a cache and a toy that fit each other, with recordings that several checks share.
+
+    shallow: the same toy with one layer, None where one-layer exactness is not promised. idle: steps beyond one a token that the
+    decoder declares (LLaDA's idle steps).
+    """
+
+    decoder: Decoder
+    cache: Cache
+    model: Model
+    shallow: Model | None = None
+    batch: Batch = unequal()
+    infill: Batch = infill()
+    idle: int = 0
+
+    @cached_property
+    def recording(self) -> Recording:
+        return record(self.model, self.decoder, self.cache, self.batch)
+
+    @cached_property
+    def infilled(self) -> Recording:
+        return record(self.model, self.decoder, self.cache, self.infill)
+
+    @property
+    def monotone(self) -> bool:
+        """Does the decoder promise never to change a decided position? Only the template can say so."""
+        return isinstance(self.decoder, BlockDecoder) and self.decoder.revise.monotone
+
+    @property
+    def greedy(self) -> bool:
+        """Does nothing random enter? Known for the template with the shipped proposal."""
+        if not isinstance(self.decoder, BlockDecoder) or not isinstance(self.decoder.propose, Sample):
+            return False
+        return self.decoder.propose.temperature == 0 and self.decoder.propose.score != "random"
+
+
+def places(canvas: Canvas) -> str:
+    """`row 1, positions [3, 4]` for the first row of a canvas that is not empty."""
+    row = int(canvas.any(1).nonzero()[0])
+    return f"row {row}, positions {canvas[row].nonzero().flatten().tolist()}"
+
+
+def fail_where(wrong: Canvas, step: int, what: str) -> None:
+    """Raise a Violation that names the first offending row if anything is wrong."""
+    if bool(wrong.any()):
+        raise Violation(f"step {step}, {places(wrong)}: {what}")
+
+
+def _alive(state: State) -> Canvas:
+    return ~state.done.unsqueeze(1)
+
+
+def _behind(state: State) -> Canvas:
+    """What lies behind the end of a finished row: fill, not the method's business any more."""
+    return state.done.unsqueeze(1) & (state.positions >= state.end.unsqueeze(1))
+
+
+def d0_pure(bench: Bench) -> None:
+    """A step changes no state that it was given: new tensors, never in-place writes."""
+    for number, moment in enumerate(bench.recording.moments):
+        for name in ("tokens", "masked", "born"):
+            now, kept = getattr(moment.after, name), getattr(moment.kept, name)
+            fail_where(now != kept, number, f"`{name}` of an earlier state was written in place. Use torch.where or masked_fill.")
+
+
+def _filled(recording: Recording, batch: Batch) -> None:
+    state, steps = recording.last, len(recording.moments)
+    if not bool(state.done.all()):
+        rows = (~state.done).nonzero().flatten().tolist()
+        left = state.masked.sum(1)[rows].tolist()
+        raise Violation(
+            f"rows {rows} did not finish in {steps} steps, {left} positions are still masked. Does the schedule force progress, and does "
+            "`advance` say when nothing is left?"
+        )
+    fail_where(state.masked, steps, "still masked in a finished row.")
+    spec = state.spec
+    text = state.inside & ~state.fixed
+    fail_where(text & (state.tokens == spec.mask_id), steps, "the mask token was committed as text.")
+    fail_where(text & (state.born < 0), steps, "inside the text but never committed.")
+    for row, template in enumerate(batch.templates):
+        begin, end = int(state.begin[row]), int(state.end[row])
+        budget = begin + len(template)
+        if not begin <= end <= budget:
+            raise Violation(f"row {row}: its end is {end}, outside its answer {begin} .. {budget}.")
+        behind = torch.zeros_like(state.masked)
+        behind[row, end:budget] = True
+        filler = spec.eos_ids[0]
+        fail_where(behind & ~state.fixed & (state.tokens != filler), steps, "behind the row's end but not end-of-text.")
+
+
+def d1_filled(bench: Bench) -> None:
+    """No mask is left, every text position was committed, and behind the end stands end-of-text."""
+    _filled(bench.recording, bench.batch)
+
+
+def _fixed_kept(recording: Recording) -> None:
+    first = recording.first
+    for number, moment in enumerate(recording.moments):
+        changed = first.fixed & ((moment.after.tokens != first.tokens) | moment.after.masked)
+        fail_where(changed, number, "prompt, pinned or padding tokens were changed.")
+
+
+def d2_fixed(bench: Bench) -> None:
+    """Prompt, pinned positions and padding never change."""
+    _fixed_kept(bench.recording)
+
+
+def d3_deterministic(bench: Bench) -> None:
+    """Same seed, same decode, whatever the global generator; a greedy decoder ignores the seed too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234567)
+        again = record(bench.model, bench.decoder, bench.cache, bench.batch)
+    _same(again, bench.recording, "the same seeds gave another decode. Use the state's stateless noise (ops.noise), no generator.")
+    if bench.greedy:
+        seeds = tuple(seed + 1000 for seed in bench.batch.seeds)
+        other = record(bench.model, bench.decoder, bench.cache, replace(bench.batch, seeds=seeds))
+        _same(other, bench.recording, "temperature 0 but another seed gave another decode.")
+
+
+def _same(one: Recording, other: Recording, what: str) -> None:
+    for row in range(one.first.tokens.shape[0]):
+        found = difference(one, row, other, row)
+        if found is not None:
+            raise Violation(f"{found}: {what}")
+    if one.fingerprint() != other.fingerprint():
+        raise Violation(f"logits agree but tokens or steps differ: {what}")
+
+
+def d4_progress(bench: Bench) -> None:
+    """Every forced group that can commit does so in every step; no row takes more steps than it has tokens."""
+    if not bench.monotone:
+        return
+    for number, moment in enumerate(bench.recording.moments):
+        if not moment.asks:
+            raise Violation(f"step {number}: the decoder did not ask the model. A step is at least one engine.ask.")
+        region = moment.asks[-1].region
+        open_now = region.force & region.eligible & _alive(moment.before)
+        landed = moment.before.masked & ~moment.after.masked
+        rows, length = landed.shape
+        moved = torch.zeros(rows, length + 1).scatter_add(1, region.group, landed.float()).gather(1, region.group) > 0
+        fail_where(open_now & ~moved, number, "a group that must progress committed nothing.")
+    for row, template in enumerate(bench.batch.templates):
+        taken, bound = int(bench.recording.last.step[row]), len(template) + bench.idle
+        if taken > bound:
+            raise Violation(f"row {row}: {taken} steps for {len(template)} tokens. Some steps committed nothing.")
+
+
+def d5_rows_alone(bench: Bench) -> None:
+    """The logits and the text of a row are the same alone and in the batch."""
+    _rows_alone(bench, bench.recording, bench.batch)
+
+
+def _rows_alone(bench: Bench, together: Recording, batch: Batch) -> None:
+    for row in range(len(batch)):
+        alone = record(bench.model, bench.decoder, bench.cache, batch.take([row]))
+        found = difference(together, row, alone, 0)
+        if found is not None:
+            raise Violation(f"{found}, alone versus in a batch of {len(batch)}. Reduce along positions, never along rows.")
+        if together.text(row) != alone.text(0):
+            raise Violation(f"row {row}: text {together.text(row)} in the batch, {alone.text(0)} alone.")
+
+
+def d6_permutation(bench: Bench) -> None:
+    """The order of rows does not matter."""
+    order = [2, 0, 3, 1]
+    shuffled = record(bench.model, bench.decoder, bench.cache, bench.batch.take(order))
+    for place, row in enumerate(order):
+        found = difference(bench.recording, row, shuffled, place)
+        if found is not None:
+            raise Violation(f"{found}, after the rows changed places.")
+
+
+def _decided_kept(recording: Recording, monotone: bool) -> None:
+    closed = torch.zeros_like(recording.first.masked)
+    for number, moment in enumerate(recording.moments):
+        before, after = moment.before, moment.after
+        decided = ~before.masked & ~before.fixed & ~_behind(after)
+        changed = decided & ((after.tokens != before.tokens) | after.masked)
+        if monotone:
+            fail_where(changed, number, "a decided token was changed, though the revise rule says it is monotone.")
+        may = torch.zeros_like(changed)
+        for ask in moment.asks:
+            may = may | (ask.region.read & ~ask.region.closed)
+            closed = closed | (ask.region.closed & _alive(ask.state))
+        fail_where(changed & ~may, number, "a decided token was changed where the region does not read, or has closed.")
+        written = (before.tokens != after.tokens) & ~_behind(after)
+        fail_where(written & closed, number, "the schedule had closed this position, and it was written again.")
+
+
+def d7_decided(bench: Bench) -> None:
+    """Decided positions stay (monotone), or change only where the region reads; what the schedule has closed never changes."""
+    _decided_kept(bench.recording, bench.monotone)
+
+
+def d8_account(bench: Bench) -> None:
+    """Reported forwards, lanes, steps and commits are the true ones; `decode` and `trace` agree."""
+    counting = Counting(bench.model)
+    batch = bench.batch
+    output = decode(counting, bench.decoder, batch.prompts, templates=batch.templates, cache=bench.cache, seed=batch.seeds, throw=False)
+    last, stats = bench.recording.last, output.stats
+    if not torch.equal(output.canvas, last.tokens):
+        raise Violation("decode() and trace() give different tokens.")
+    lived = [sum(not bool(moment.before.done[row]) for moment in bench.recording.moments) for row in range(len(batch))]
+    pinned = [sum(token is not None for token in template) for template in batch.templates]
+    text = (output.end - output.begin).tolist()
+    for what, reported, true in (
+        ("nfe", stats.nfe, torch.as_tensor(counting.nfe).tolist()),
+        ("lanes", stats.lanes, torch.as_tensor(counting.lanes).tolist()),
+        ("steps", stats.steps, lived),
+        ("commits + pinned", [a + b for a, b in zip(stats.commits, pinned, strict=True)], text),
+    ):
+        if reported != true:
+            raise Violation(f"{what}: {reported} reported for the rows, {true} counted.")
+
+
+def _chain(recording: Recording) -> None:
+    shift = recording.first.spec.shift
+    ever = torch.zeros_like(recording.first.masked)
+    for number, moment in enumerate(recording.moments):
+        eligible = torch.zeros_like(ever)
+        for ask in moment.asks:
+            alive, region, computed = _alive(ask.state), ask.region, ask.computed
+            ever = ever | computed
+            fail_where(alive & region.eligible & ~moment.before.masked, number, "eligible but not masked.")
+            fail_where(alive & region.eligible & ~region.read, number, "eligible but not read, so it has no proposal.")
+            fail_where(alive & region.read & ~ask.read, number, "to be read, but no logits came back.")
+            fail_where(computed & ~alive, number, "a finished row was sent through the model.")
+            sources = alive & region.read
+            if shift:
+                sources = torch.cat((sources[:, 1:], torch.zeros_like(sources[:, :1])), dim=1)
+                fail_where(sources & ~ever, number, "the source of a read position was never computed.")
+            else:
+                fail_where(sources & ~computed, number, "read but not computed in this forward. Cache.plan must contain region.read.")
+            fail_where(alive & ask.plan.compute & ~ask.plan.visible, number, "the cache computes what it says is not visible.")
+            fail_where(alive & ask.plan.visible & ~region.visible, number, "the cache shows what the schedule hides.")
+            eligible = eligible | region.eligible
+        chosen = moment.before.masked & ~moment.after.masked & ~_behind(moment.after)
+        fail_where(chosen & ~eligible, number, "committed though the region says it is not eligible.")
+
+
+def d9_chain(bench: Bench) -> None:
+    """Chosen positions are eligible, eligible ones are read, read ones are computed, computed ones are visible."""
+    _chain(bench.recording)
+
+
+def d10_end_of_text(bench: Bench) -> None:
+    """With AtEos the text up to the first end-of-text is that of the decode without it; a finished row costs nothing."""
+    for number, moment in enumerate(bench.recording.moments):
+        for ask in moment.asks:
+            fail_where(ask.computed & ~_alive(ask.state), number, "a finished row still costs lanes.")
+    last = bench.recording.last
+    for row in range(len(bench.batch)):
+        text = bench.recording.text(row)
+        if int(last.result[row]) == Result.END_OF_TEXT and (not text or text[-1] not in last.spec.eos_ids):
+            raise Violation(f"row {row}: ended by end-of-text, but {text} does not end with one. Was a mask left before it?")
+    decoder = bench.decoder
+    if not isinstance(decoder, BlockDecoder) or not isinstance(decoder.stop, AtEos) or not bench.monotone:
+        return
+    free = record(bench.model, replace(decoder, stop=WhenFull()), bench.cache, bench.batch)
+    for row in range(len(bench.batch)):
+        text, longer = bench.recording.text(row), free.text(row)
+        if longer[: len(text)] != text:
+            raise Violation(f"row {row}: {text} with the stop rule, {longer} without it.")
+        if int(bench.recording.last.result[row]) != Result.END_OF_TEXT and int(free.last.step[row]) != int(bench.recording.last.step[row]):
+            raise Violation(f"row {row}: the stop rule changed the number of steps of a row that it did not stop.")
+
+
+def d13_resume(bench: Bench) -> None:
+    """The state is enough: a copy of it goes on in a new engine, without cache, to the same end."""
+    plain = bench.recording if isinstance(bench.cache, NoCache) else record(bench.model, bench.decoder, NoCache(), bench.batch)
+    moment: Moment = plain.moments[len(plain.moments) // 2]
+    state = copy.deepcopy(moment.before)
+    engine = Engine(bench.model, NoCache(), state)
+    with torch.inference_mode():
+        for _ in plain.moments:
+            after = bench.decoder.step(engine, state)
+            if engine.finished(after):
+                break
+            state = after
+    for name in ("tokens", "born", "step", "end"):
+        if not torch.equal(getattr(state, name), getattr(plain.last, name)):
+            raise Violation(
+                f"`{name}` differs after resuming from step {len(plain.moments) // 2}. Something is remembered outside the state: keep it "
+                "in state.parts."
+            )
+
+
+def d14_infill(bench: Bench) -> None:
+    """Pinned tokens inside the answer: D1, D2, D5, D7 and D9 hold on an infill canvas."""
+    _filled(bench.infilled, bench.infill)
+    _fixed_kept(bench.infilled)
+    _decided_kept(bench.infilled, bench.monotone)
+    _chain(bench.infilled)
+    _rows_alone(bench, bench.infilled, bench.infill)
+
+
+DECODER_CHECKS = (
+    d0_pure,
+    d1_filled,
+    d2_fixed,
+    d3_deterministic,
+    d4_progress,
+    d5_rows_alone,
+    d6_permutation,
+    d7_decided,
+    d8_account,
+    d9_chain,
+    d10_end_of_text,
+    d13_resume,
+    d14_infill,
+)
+
+
+def check_same_text(fast: Bench, slow: Bench) -> None:
+    """D12: the text of `fast`, up to its end, is that of `slow`, and no row needs more forwards."""
+    for row in range(len(fast.batch)):
+        mine, theirs = fast.recording.text(row), slow.recording.text(row)
+        if theirs[: len(mine)] != mine:
+            raise Violation(f"row {row}: text {mine}, the slower loop gives {theirs}.")
+        used, bound = len(fast.recording.asks_of(row)), len(slow.recording.asks_of(row))
+        if used > bound:
+            raise Violation(f"row {row}: {used} forwards, the slower loop needs {bound}.")

@@ -1,0 +1,165 @@
+"""Callbacks: progress lines and metrics, and decoding a few held-out problems while training.
+
+Nothing here waits for the device except at the steps that are logged.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.registry import declare, register
+from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.data import DataError, Example
+from dllm_toolkit.training.module import DiffusionModule
+
+declare("callback", pl.Callback)
+
+
+class Throughput(pl.Callback):
+    """Every `every` steps: loss, gradient norm, learning rate, samples and tokens per second to TensorBoard, metrics.jsonl and stderr.
+
+    Always on. metrics.jsonl has one object a logged step; what lies beyond the checkpoint that a run resumes from is cut off. Tokens
+    count prompt and answer as the model reads them, padding to the static length included.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self._mark: tuple[float, int] | None = None
+        self._measured = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mark = None
+        self._measured = trainer.global_step
+        if not trainer.is_global_zero or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        # A kill may cut the last line in half; a line that is no JSON was never a measurement.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        step = trainer.global_step
+        if step == self._measured or step % self.every:  # also: micro-batches of an unfinished accumulation
+            return
+        self._measured = step
+        metrics = {name: float(value) for name, value in self._tensors(pl_module).items()}  # the one wait for the device
+        now = time.monotonic()
+        if self._mark is not None:
+            samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0] * trainer.world_size
+            metrics["samples_per_second"] = samples / (now - self._mark[0])
+            metrics["tokens_per_second"] = metrics["samples_per_second"] * batch.tokens.shape[1]
+        self._mark = (now, pl_module.batches)
+        metrics["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["progress"] = pl_module.progress
+        self._write(trainer, step, {f"train/{name}": value for name, value in metrics.items()})
+
+    @staticmethod
+    def _tensors(module: DiffusionModule) -> dict[str, Tensor]:
+        assert module.last_loss is not None and module.gradient_norm is not None
+        return {"loss": module.last_loss, "gradient_norm": module.gradient_norm, **module.last_metrics}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        if pl_module.validation_loss is not None:
+            self._write(trainer, trainer.global_step, {"validation/loss": pl_module.validation_loss})
+        self._mark = None  # validation time is not training time
+
+    def _write(self, trainer: pl.Trainer, step: int, metrics: dict[str, float]) -> None:
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, step)
+        if not trainer.is_global_zero:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        print(f"step {step:>6}  {shown}", file=sys.stderr, flush=True)
+
+
+@register("callback", "decode")
+class DecodeWhileTraining(pl.Callback):
+    """Every `every` steps decode held-out problems with the averaged weights; text, accuracy and tokens per forward to TensorBoard.
+
+    `decoder` and `cache` are the components that a comparison uses. `name` separates several of these callbacks in TensorBoard.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: Cache | None = None,
+        every: int = 1000,
+        problems: int = 16,
+        max_new_tokens: int = 80,
+        name: str = "decode",
+    ) -> None:
+        if every < 1 or problems < 1:
+            raise DataError(f"every and problems must be at least 1, got {every} and {problems}. Write every: 1000, problems: 16.")
+        self.decoder, self.cache, self.every, self.problems = decoder, cache or NoCache(), every, problems
+        self.max_new_tokens, self.name = max_new_tokens, name
+        self.examples: list[Example] = []  # given by run_training
+        self._done = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from dllm_toolkit.decoders.base import check
+
+        assert isinstance(pl_module, DiffusionModule)
+        check(pl_module.model.spec, self.decoder, self.cache)  # now, not at the first decode
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._done or step % self.every or not trainer.is_global_zero:
+            return
+        self._done = step
+        assert isinstance(pl_module, DiffusionModule)
+        self.report(trainer, pl_module, step)
+
+    def report(self, trainer: pl.Trainer, module: DiffusionModule, step: int) -> None:
+        """Decode now and write the results at `step`."""
+        from dllm_toolkit.decode import decode
+        from dllm_toolkit.evaluation.ledger import answer_tokens
+
+        tokenizer, spec = module.model.tokenizer, module.model.spec
+        assert tokenizer is not None
+        examples = self.examples[: self.problems]
+        with torch.no_grad(), module.averaged() as model:
+            output = decode(
+                model,
+                self.decoder,
+                [example.prompt for example in examples],
+                max_new_tokens=self.max_new_tokens,
+                cache=self.cache,
+                throw=False,
+            )
+        lengths = [answer_tokens(ids, spec.eos_ids) for ids in output.tokens]
+        texts = [str(tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in zip(output.tokens, lengths, strict=True)]
+        right = [example.grade(text) for example, text in zip(examples, texts, strict=True)]
+        accuracy = sum(right) / len(right)
+        per_forward = sum(lengths) / max(1, sum(output.stats.nfe))
+        print(
+            f"step {step:>6}  {self.name}: accuracy {accuracy:.3f}  tokens_per_forward {per_forward:.2f}  "
+            f"({len(right)} problems)\n    {texts[0]!r}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({f"{self.name}/accuracy": accuracy, f"{self.name}/tokens_per_forward": per_forward}, step)
+            writer = trainer.logger.experiment  # type: ignore[attr-defined]
+            shown = [
+                f"**{'right' if ok else 'wrong'}**, {nfe} forwards\n\n> {example.text}\n>\n> {text}"
+                for example, text, ok, nfe in zip(examples, texts, right, output.stats.nfe, strict=True)
+            ]
+            writer.add_text(f"{self.name}/text", "\n\n---\n\n".join(shown[:8]), step)

@@ -1,0 +1,262 @@
+"""Corruptors: which answer positions of a training row are hidden, and how much each hidden one counts.
+
+    prompt       answer
+    p p p p p | a a a a a a a a a a a a      clean
+    p p p p p | a M a M M a a M a a M a      uniform        level t for the whole answer, weight 1/t
+    p p p p p | a M a a M a M M M a M M      exact_count    k ~ U{1..n} of n positions, weight n/k: the same bound, less variance
+    p p p p p | a a a a M a a M M M M M      active_block   blocks before are done, one is partly masked, the rest is masked
+    p p p p p | a M a a M a M M M M a M      monotone       a level for each block that never falls (D2F)
+    p p p p p | a a a a M a a M M M M M      pipelined      done blocks, then levels that rise to full (states of a D2F decode)
+
+`mixture` picks one of several for each row. Everything is computed for all rows and selected, so no step waits for the device.
+
+Reference: LLaDA (arXiv 2502.09992); D2F (arXiv 2508.09192).
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_toolkit.ops import corrupt
+from dllm_toolkit.ops.masks import answer_blocks
+from dllm_toolkit.registry import declare, register
+
+
+class Batch(NamedTuple):
+    """Training rows `[prompt | answer | padding]`. The answer of every row has the same length; EOS fills what the text does not."""
+
+    tokens: Int[Tensor, "B L"]
+    prompt_length: Int[Tensor, "B"]
+    answer_length: int
+
+    @property
+    def answer(self) -> Bool[Tensor, "B L"]:
+        """The answer positions, EOS padding included."""
+        return corrupt.answer_region(self.prompt_length, self.answer_length, self.tokens.shape[1])
+
+    @property
+    def inside(self) -> Bool[Tensor, "B L"]:
+        """Prompt and answer: what attention may see. Padding to the right of the answer never exists when decoding."""
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return position < self.prompt_length.unsqueeze(1) + self.answer_length
+
+
+class Corruption(NamedTuple):
+    """Hidden positions, and the weight of each position's loss (0 wherever it is not supervised)."""
+
+    masked: Bool[Tensor, "B L"]
+    weight: Float[Tensor, "B L"]
+
+
+class Corruptor(abc.ABC):
+    """A forward process: batch and random numbers in, hidden positions and loss weights out."""
+
+    @abc.abstractmethod
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        """Choose the hidden positions among `batch.answer`. `generator` lives on the batch's device."""
+
+
+declare("corruptor", Corruptor)
+
+
+@register("corruptor", "uniform")
+@dataclass(frozen=True)
+class Uniform(Corruptor):
+    """One level for the whole answer: p = (1 - floor) t + floor, t ~ U[0, 1); weight 1/p. LLaDA's process (floor 1e-3)."""
+
+    floor: float = 1e-3
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        corrupt.check_interval(self.floor, 1.0)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        t = corrupt.uniform_levels(batch.tokens.shape[0], generator, stratified=self.stratified)
+        level = ((1.0 - self.floor) * t + self.floor).unsqueeze(1)  # [B, 1]
+        masked = corrupt.bernoulli(level, batch.answer, generator)
+        return Corruption(masked, masked / level)
+
+
+@register("corruptor", "exact_count")
+@dataclass(frozen=True)
+class ExactCount(Corruptor):
+    """k ~ U{1..n} of the n answer positions, weight n/k: the bound of `uniform` with less variance, and no row without a mask."""
+
+    stratified: bool = True
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        answer = batch.answer
+        t = corrupt.uniform_levels(batch.tokens.shape[0], generator, stratified=self.stratified)
+        available = answer.sum(1)
+        count = corrupt.count_from_level(t, available)
+        masked = corrupt.exact_count(count, answer, generator)
+        return Corruption(masked, masked * (available / count.clamp(min=1)).unsqueeze(1))
+
+
+@register("corruptor", "active_block")
+@dataclass(frozen=True)
+class ActiveBlock(Corruptor):
+    """What block-by-block decoding shows the model: blocks before are done, one block is partly masked, the rest is masked.
+
+    For each row a block length out of `block_lengths` (0: the whole answer) and one of the N blocks are drawn; k ~ U{1..size} of the
+    block's positions are hidden (all of them with probability `fully_masked` instead), with weight N size / k, so that the sum
+    estimates the row's likelihood bound. Masked positions after the block get weight `rest`: 0 leaves them unsupervised.
+    """
+
+    block_lengths: tuple[int, ...] = (8, 16, 32)
+    fully_masked: float = 0.0
+    rest: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.block_lengths or min(self.block_lengths) < 0:
+            raise corrupt.CorruptionError(
+                f"block_lengths must be lengths in tokens, got {self.block_lengths}. 0 stands for the whole answer. "
+                "Write block_lengths: [8, 16, 32]."
+            )
+        if not 0.0 <= self.fully_masked <= 1.0:
+            raise corrupt.CorruptionError(
+                f"fully_masked must be a probability, got {self.fully_masked}. It is the share of rows whose block starts from "
+                "nothing. Write fully_masked: 0.1."
+            )
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        rows, length = batch.tokens.shape
+        answer = batch.answer
+        total = batch.answer_length
+        lengths = [min(size or total, total) for size in self.block_lengths]
+        pick = corrupt.pick(corrupt.draw((rows,), generator), [1.0] * len(lengths))
+        size = torch.full_like(batch.prompt_length, lengths[0])  # [B]
+        for number, other in enumerate(lengths):
+            size = torch.where(pick == number, other, size)
+        blocks = (total + size - 1) // size
+        chosen = (corrupt.draw((rows,), generator) * blocks).long()  # [B], from 0
+        offset = torch.arange(length, device=batch.tokens.device) - batch.prompt_length.unsqueeze(1)
+        index = offset.div(size.unsqueeze(1), rounding_mode="floor")  # [B, L]; negative in the prompt
+        active = answer & (index == chosen.unsqueeze(1))
+        after = answer & (index > chosen.unsqueeze(1))
+        available = active.sum(1)
+        count = corrupt.count_from_level(corrupt.draw((rows,), generator), available)
+        whole = corrupt.draw((rows,), generator) < self.fully_masked
+        count = torch.where(whole, available, count)
+        hidden = corrupt.exact_count(count, active, generator)
+        weight = hidden * (blocks * available / count).unsqueeze(1)
+        return Corruption(hidden | after, weight + self.rest * after)
+
+
+def _by_block(batch: Batch, block_length: int, levels: Float[Tensor, "B N"], generator: torch.Generator) -> Corruption:
+    """Bernoulli masks at each block's level, weight 1 / level."""
+    block = answer_blocks(batch.prompt_length, batch.tokens.shape[1], block_length)
+    level = corrupt.spread(levels, block)
+    masked = corrupt.bernoulli(level, batch.answer, generator)
+    return Corruption(masked, masked / torch.where(masked, level, 1.0))
+
+
+def _block_count(batch: Batch, block_length: int) -> int:
+    return -(-batch.answer_length // block_length)
+
+
+def _check_block_length(block_length: int) -> None:
+    if block_length < 1:
+        raise corrupt.CorruptionError(
+            f"block_length must be at least 1, got {block_length}. It counts the tokens of a block. Write block_length: 16."
+        )
+
+
+@register("corruptor", "monotone")
+@dataclass(frozen=True)
+class Monotone(Corruptor):
+    """D2F's process: t_1 ~ U[minimum, maximum], later blocks noisier by u (maximum - t_1) / (N - 1); weight 1/t_b.
+
+    The official interval is [0.2, 0.7], so no block is ever shown fully masked although decoding starts every block that way;
+    maximum 1.0 closes that gap.
+    """
+
+    block_length: int = 16
+    minimum: float = 0.2
+    maximum: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_block_length(self.block_length)
+        corrupt.check_interval(self.minimum, self.maximum)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
+        levels = corrupt.monotone_levels(rows, blocks, generator, minimum=self.minimum, maximum=self.maximum)
+        return _by_block(batch, self.block_length, levels, generator)
+
+
+@register("corruptor", "independent")
+@dataclass(frozen=True)
+class Independent(Corruptor):
+    """D2F's ablation: every block draws its own level in [minimum, maximum]; weight 1/t_b."""
+
+    block_length: int = 16
+    minimum: float = 0.2
+    maximum: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_block_length(self.block_length)
+        corrupt.check_interval(self.minimum, self.maximum)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
+        levels = corrupt.independent_levels(rows, blocks, generator, minimum=self.minimum, maximum=self.maximum)
+        return _by_block(batch, self.block_length, levels, generator)
+
+
+@register("corruptor", "pipelined")
+@dataclass(frozen=True)
+class Pipelined(Corruptor):
+    """The states of a pipelined decode: clean blocks, then levels that rise to full within `span` blocks; weight 1/t_b.
+
+    `minimum` is the lowest level of the front block; it bounds the weight at 1 / minimum.
+    """
+
+    block_length: int = 16
+    span: int = 3
+    minimum: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_block_length(self.block_length)
+        corrupt.check_interval(self.minimum, 1.0)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
+        levels = corrupt.pipelined_levels(rows, blocks, generator, span=self.span, minimum=self.minimum)
+        return _by_block(batch, self.block_length, levels, generator)
+
+
+@register("corruptor", "mixture")
+@dataclass(frozen=True)
+class Mixture(Corruptor):
+    """Each row is corrupted by one of `parts`, drawn with `probabilities` (which are normalised; default: equal)."""
+
+    parts: tuple[Corruptor, ...]
+    probabilities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        shares = self.probabilities
+        if not self.parts:
+            raise corrupt.CorruptionError("a mixture needs parts, got none. Write parts: [{_component_: uniform}].")
+        if shares is not None and (len(shares) != len(self.parts) or min(shares) < 0 or sum(shares) <= 0):
+            raise corrupt.CorruptionError(
+                f"probabilities must be one non-negative number for each part, got {shares} for {len(self.parts)} parts. "
+                f"Write probabilities: {[1.0] * len(self.parts)}."
+            )
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
+        rows = batch.tokens.shape[0]
+        shares = self.probabilities or (1.0,) * len(self.parts)
+        pick = corrupt.pick(corrupt.draw((rows,), generator), shares).unsqueeze(1)
+        masked, weight = self.parts[0](batch, generator)
+        for number, part in enumerate(self.parts[1:], start=1):
+            other = part(batch, generator)
+            masked = torch.where(pick == number, other.masked, masked)
+            weight = torch.where(pick == number, other.weight, weight)
+        return Corruption(masked, weight)

@@ -1,0 +1,237 @@
+"""Training data as one tensor on the device: no loader workers, no copies, every batch a pure function of (seed, index).
+
+A story costs microseconds to write, a training step milliseconds; so all problems are written once, by worker processes, and a batch is a
+row gather. Batch number i of a run depends on nothing but the seed and i, which is what makes a killed run continue with the same data.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.registry import declare, register
+from dllm_toolkit.training.corruptors import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class DataError(ToolkitError):
+    """Training data that cannot be made or does not fit."""
+
+
+class Example(NamedTuple):
+    """A held-out problem to decode while training: prompt ids, prompt text, and a grader of the answer's text."""
+
+    prompt: list[int]
+    text: str
+    grade: Callable[[str], bool]
+
+
+class Source:
+    """Rows on a device. `batch(i)` is batch number i of an endless run; epochs are permutations seeded by (seed, epoch)."""
+
+    def __init__(
+        self,
+        tokens: Int[Tensor, "N L"],
+        prompt_length: Int[Tensor, "N"],
+        answer_length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.tokens, self.prompt_length, self.answer_length = tokens, prompt_length, answer_length
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.batches_per_epoch = tokens.shape[0] // (batch_size * world)
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"there are fewer problems than one batch holds, got {tokens.shape[0]} problems and batches of {batch_size} on "
+                f"{world} devices. An epoch would be empty. Write size: {batch_size * world} or more."
+            )
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index` (from 0, over all epochs) of this rank."""
+        epoch, within = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(fold(self.seed, epoch))
+            order = torch.randperm(self.tokens.shape[0], generator=generator)
+            self._order, self._epoch = order.to(self.tokens.device), epoch
+        start = (within * self.world + self.rank) * self.batch_size
+        return self.rows(self._order[start : start + self.batch_size])
+
+    def rows(self, chosen: Int[Tensor, "B"]) -> Batch:
+        """The batch of the given rows."""
+        tokens = self.tokens.index_select(0, chosen).long()
+        return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length)
+
+    def all_batches(self) -> list[Batch]:
+        """The rows in order, in whole batches: a fixed validation set."""
+        indices = torch.arange(self.batches_per_epoch * self.batch_size, device=self.tokens.device)
+        return [self.rows(part) for part in indices.split(self.batch_size)]
+
+
+class Stream:
+    """An endless iterable of training batches that starts where the module says: the loader of the Trainer.
+
+    `start` is read when iteration begins, after a checkpoint was restored, so that resuming needs no loader state and Lightning may
+    fetch ahead.
+    """
+
+    def __init__(self, source: Source, start: Callable[[], int]) -> None:
+        self.source, self.start = source, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        index = self.start()
+        while True:
+            yield self.source.batch(index)
+            index += 1
+
+
+class Fixed:
+    """The same batches in every pass: a validation loader. (Lightning takes a plain list for several loaders.)"""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class Data(abc.ABC):
+    """What to train on: makes sources of rows, and held-out examples to decode."""
+
+    batch_size: int
+
+    @abc.abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer whose ids the rows hold."""
+
+    @abc.abstractmethod
+    def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source, Source]:
+        """Training rows and held-out rows, on `device`."""
+
+    @abc.abstractmethod
+    def examples(self, count: int) -> list[Example]:
+        """The first `count` held-out problems."""
+
+    @abc.abstractmethod
+    def check(self, max_positions: int) -> None:
+        """Raise DataError if the rows do not fit a model of `max_positions`."""
+
+
+declare("data", Data)
+
+
+def fold(seed: int, *numbers: int) -> int:
+    """One 63-bit seed from a seed and counters (splitmix64 rounds): neighbouring counters give unrelated streams."""
+    word = (1 << 64) - 1
+    state = seed & word
+    for number in numbers:
+        state = (state + 0x9E3779B97F4A7C15 + (number & word) * 0xD1B54A32D192ED03) & word
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & word
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & word
+        state ^= state >> 31
+    return state >> 1
+
+
+@register("data", "stories")
+@dataclass(frozen=True)
+class StoryData(Data):
+    """Story arithmetic (data/stories.py): `size` training problems and `heldout` others, disjoint by construction.
+
+    Rows are `[prompt | solution EOS EOS ...]` with an answer of `answer_length` tokens. `data_seed` picks the problems; the order in
+    which they come follows the run's seed. `workers`: processes that write them; 0 is this process, None one for each core if many.
+    """
+
+    size: int = 100_000
+    heldout: int = 2_048
+    batch_size: int = 256
+    answer_length: int = 80
+    prompt_length_max: int = 80
+    data_seed: int = 0
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "heldout", "batch_size", "answer_length", "prompt_length_max"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, got {getattr(self, name)}. It is a count. Write {name}: 256.")
+
+    def check(self, max_positions: int) -> None:
+        if self.prompt_length_max + self.answer_length > max_positions:
+            raise DataError(
+                f"rows of {self.prompt_length_max} + {self.answer_length} tokens do not fit the model, got max_positions="
+                f"{max_positions}. Every token needs a position. Write max_positions: {self.prompt_length_max + self.answer_length}."
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        from dllm_toolkit.data.stories import build_tokenizer
+
+        return build_tokenizer()
+
+    def _arrays(self, split: Literal["train", "heldout"], size: int) -> tuple[np.ndarray, np.ndarray]:
+        import os
+
+        from dllm_toolkit.data.stories import token_arrays
+
+        # A spawned worker takes seconds to start and writes over ten thousand problems in each of them.
+        automatic = (os.cpu_count() or 1) if size > 50_000 else 0
+        return token_arrays(
+            split,
+            size,
+            self.data_seed,
+            automatic if self.workers is None else self.workers,
+            prompt_length_max=self.prompt_length_max,
+            answer_length=self.answer_length,
+        )
+
+    def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source, Source]:
+        train, heldout = self._arrays("train", self.size), self._arrays("heldout", self.heldout)
+        # One static length for the whole run, no longer than the longest prompt needs (a multiple of 8 keeps attention kernels aligned).
+        longest = max(int(train[1].max()), int(heldout[1].max()))
+        length = min(train[0].shape[1], -(-(longest + self.answer_length) // 8) * 8)
+
+        def source(arrays: tuple[np.ndarray, np.ndarray], batch_size: int, rank: int, world: int) -> Source:
+            ids = np.ascontiguousarray(arrays[0][:, :length])
+            if int(ids.max()) >= 1 << 15:
+                raise DataError(f"token ids must be below 32768, got {int(ids.max())}. Rows are kept as int16. Use a smaller vocabulary.")
+            tokens = torch.from_numpy(ids.astype(np.int16)).to(device)
+            prompt_length = torch.from_numpy(arrays[1].astype(np.int64)).to(device)
+            return Source(tokens, prompt_length, self.answer_length, batch_size, seed, rank, world)
+
+        return source(train, self.batch_size, rank, world), source(heldout, min(self.batch_size, self.heldout), 0, 1)
+
+    def examples(self, count: int) -> list[Example]:
+        from functools import partial
+
+        from dllm_toolkit.data import stories
+
+        tokenizer = self.tokenizer()
+        problems = [stories.story(self.data_seed, index, "heldout") for index in range(count)]
+        return [
+            Example(
+                tokenizer.encode(stories.format_prompt(problem), add_special_tokens=False),
+                stories.format_prompt(problem),
+                partial(_graded, problem),
+            )
+            for problem in problems
+        ]
+
+
+def _graded(problem: object, text: str) -> bool:
+    from dllm_toolkit.data.stories import grade_answer
+
+    return grade_answer(text, problem)  # type: ignore[arg-type]

@@ -1,0 +1,179 @@
+"""The Lightning module: optimiser, schedule, averaging, clipping, checkpoint state. No mathematics of its own.
+
+`training_step` is `objective(model, batch, generator)`. All randomness of a step comes from (seed, batch number), so a run that was
+killed and resumed repeats the losses it would have had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.data import fold
+from dllm_toolkit.training.ema import Average
+from dllm_toolkit.training.objectives import Loss, Objective
+from dllm_toolkit.training.optim import LearningRate, OptimizerRecipe
+
+_NOISE, _VALIDATION = 1, 2
+
+
+class DiffusionModule(pl.LightningModule):
+    """Trains `model` on `objective`.
+
+    Progress is the larger of step share and time share, so a time-limited run still anneals to the end.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective,
+        optimizer: OptimizerRecipe,
+        schedule: LearningRate,
+        *,
+        ema: float | None = None,
+        gradient_clip: float | None = 1.0,
+        max_steps: int | None = None,
+        max_minutes: float | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.optimizer_recipe, self.schedule = optimizer, schedule
+        self.gradient_clip = gradient_clip
+        self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
+        self.average = Average(model, ema) if ema is not None else None
+        self.batches = 0  # micro-batches consumed, over all sessions of the run
+        self.elapsed = 0.0  # seconds of training before this process
+        self.validation_loss: float | None = None
+        self.last_loss: Tensor | None = None
+        self.last_metrics: dict[str, Tensor] = {}
+        self.gradient_norm: Tensor | None = None
+        self._started: float | None = None
+        self._validation_losses: list[Tensor] = []
+        # One static graph each for student and teacher; eager for validation, whose no_grad and eval would be two more graphs.
+        self._loss = torch.compile(objective.loss, dynamic=False) if compile else objective.loss
+        self._teach = torch.compile(objective.teach, dynamic=False) if compile else objective.teach
+
+    # ---- time
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier processes of the run included."""
+        return self.elapsed + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, in [0, 1]."""
+        shares = [0.0]
+        if self.max_steps is not None:
+            shares.append(self.global_step / self.max_steps)
+        if self.max_minutes is not None:
+            shares.append(self.seconds / (60.0 * self.max_minutes))
+        return min(1.0, max(shares))
+
+    # ---- one step
+
+    def noise(self, *numbers: int) -> torch.Generator:
+        """A generator on the model's device whose state depends on the run's seed, this rank and `numbers` only."""
+        return torch.Generator(self.device).manual_seed(fold(self.seed, self.global_rank, *numbers))
+
+    def on_fit_start(self) -> None:
+        if self.average is not None:
+            self.average.to(self.device)
+
+    def on_train_start(self) -> None:
+        self._started = time.monotonic()
+        if self.progress >= 1.0:  # a finished run that was started again
+            self.trainer.should_stop = True
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout draws from the global generator; tie it to the batch too.
+        torch.manual_seed(fold(self.seed, self.global_rank, self.batches))
+        factor = self.schedule.factor(self.global_step, self.progress)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = group["initial_lr"] * factor
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.objective(self.model, batch, self.noise(_NOISE, self.batches), loss=self._loss, teach=self._teach)
+        self.batches += 1
+        self.last_loss, self.last_metrics = loss.value.detach(), loss.metrics
+        return loss.value
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        if self.average is not None:
+            self.average.update()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.max_minutes is not None:
+            over = self.seconds >= 60.0 * self.max_minutes
+            if self.trainer.world_size > 1:
+                over = self.trainer.strategy.reduce_boolean_decision(over, all=False)
+            if over:
+                self.trainer.should_stop = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer_recipe.build(self.model.named_parameters(), self.device)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    # ---- validation, on the averaged weights, with the same noise every time
+
+    @contextmanager
+    def averaged(self) -> Iterator[Transformer]:
+        """The model with its averaged weights (if it keeps an average), in evaluation mode, inside the block."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            if self.average is None:
+                yield self.model
+            else:
+                with self.average.applied():
+                    yield self.model
+        finally:
+            self.model.train(training)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_losses = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with self.averaged() as model:
+            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx))
+        self._validation_losses.append(loss.value.detach())
+
+    def on_validation_epoch_end(self) -> None:
+        self.validation_loss = float(torch.stack(self._validation_losses).mean())
+
+    # ---- checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dllm_toolkit"] = {
+            "batches": self.batches,
+            "elapsed": self.seconds,
+            "last_loss": None if self.last_loss is None else float(self.last_loss),
+            "validation_loss": self.validation_loss,
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["dllm_toolkit"]
+        self.batches, self.elapsed, self.validation_loss = own["batches"], own["elapsed"], own["validation_loss"]
+        self.last_loss = None if own["last_loss"] is None else torch.tensor(own["last_loss"])
+        if self.average is not None:
+            self.average.load_state_dict(own["average"])

@@ -1,0 +1,316 @@
+"""Training objectives: pure functions from a batch and random numbers to a loss.
+
+An objective is two steps. `corrupt` is random and cheap (a `View`: what the model sees, which positions count and how much);
+`loss` is deterministic and expensive, one graph for torch.compile. Everything is weights on a dense [B, L] grid, never boolean
+indexing, so no step waits for the device.
+
+    MaskedDiffusion   CE at masked positions under full attention          LLaDA, arXiv 2502.09992
+    Autoregressive    CE of every answer token given the ones before
+    D2FDistillation   frozen teacher (adapter off, full attention) -> student (LoRA, block-causal)   D2F, arXiv 2508.09192
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.ops.masks import answer_blocks, block_causal
+from dllm_toolkit.registry import declare, register
+from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
+
+Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
+
+
+class ObjectiveError(ToolkitError):
+    """An objective that the model or the recipe cannot serve."""
+
+
+class View(NamedTuple):
+    """What the model is shown and what counts. `teacher`: logits of the frozen teacher, for distillation."""
+
+    tokens: Int[Tensor, "B L"]
+    masked: Bool[Tensor, "B L"]
+    weight: Float[Tensor, "B L"]
+    teacher: Float[Tensor, "B L V"] | None = None
+
+
+class Loss(NamedTuple):
+    """The scalar to minimise, and detached scalars for people to read."""
+
+    value: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+
+
+class Objective(abc.ABC):
+    """What a model is trained to do."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether `teach` must be called for each batch."""
+        return False
+
+    def check(self, model: Transformer) -> None:  # noqa: B027 - an objective that takes every model has nothing to check
+        """Raise ObjectiveError if `model` cannot be trained this way."""
+
+    @abc.abstractmethod
+    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
+        """Draw what the model sees."""
+
+    def teach(self, model: Transformer, batch: Batch, view: View) -> Float[Tensor, "B L V"]:
+        """Logits of the frozen teacher; called without gradient and with the adapter off, only if `needs_teacher`."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
+        """The loss of one view: deterministic, compilable as one graph."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        batch: Batch,
+        generator: torch.Generator,
+        *,
+        loss: Callable[[Transformer, Batch, View], Loss] | None = None,
+        teach: Callable[[Transformer, Batch, View], Tensor] | None = None,
+    ) -> Loss:
+        """Corrupt, ask the teacher if there is one, and return the loss. `loss` and `teach`: compiled forms of the methods."""
+        view = self.corrupt(batch, model.spec.mask_id, generator)
+        if self.needs_teacher:
+            from dllm_toolkit.training.lora import adapter_off
+
+            with torch.no_grad(), adapter_off(model):
+                view = view._replace(teacher=(teach or self.teach)(model, batch, view))
+        return (loss or self.loss)(model, batch, view)
+
+
+declare("objective", Objective)
+
+
+def wide(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least float32: bf16 log-softmax loses the tail that a distillation loss is about."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(logits: Float[Tensor, "B L V"], target: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """-log p(target) of every position, float32 or wider."""
+    return F.cross_entropy(wide(logits).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+
+
+def soft_cross_entropy(student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"], temperature: float = 1.0) -> Float[Tensor, "B L"]:
+    """-sum p_teacher log p_student: the forward KL(teacher || student) plus the teacher's entropy, which has no gradient."""
+    target = (wide(teacher) / temperature).softmax(-1).detach()
+    return -(target * (wide(student) / temperature).log_softmax(-1)).sum(-1)
+
+
+def reverse_kl(student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"], temperature: float = 1.0) -> Float[Tensor, "B L"]:
+    """KL(student || teacher) = sum p_student (log p_student - log p_teacher): D2F's Eq. 3 as printed."""
+    log_student = (wide(student) / temperature).log_softmax(-1)
+    log_teacher = (wide(teacher) / temperature).log_softmax(-1).detach()
+    return (log_student.exp() * (log_student - log_teacher)).sum(-1)
+
+
+def normalise(
+    values: Float[Tensor, "B L"],
+    weight: Float[Tensor, "B L"],
+    answer: Bool[Tensor, "B L"],
+    how: Normaliser,
+) -> Float[Tensor, ""]:
+    """Weighted sum of per-position values, divided as named. The choice changes the objective, not only its scale.
+
+    answer_length     each row by its answer length (EOS padding included), mean of the rows: LLaDA's fine-tuning, the bound per token
+    batch_length      everything by the number of answer positions in the batch (equal to the former when all answers are equally long)
+    masked_count      everything by the number of supervised positions in the batch: D2F's code
+    row_masked_count  each row by its supervised positions, mean of the rows; with weight 1/t about ln L times the bound
+    sum_of_weights    everything by the sum of the weights
+    none              the plain sum
+    An empty selection gives 0 with its gradient graph intact.
+    """
+    total = values * weight
+    if how == "none":
+        return total.sum()
+    if how == "sum_of_weights":
+        mass = weight.sum()
+        return total.sum() / torch.where(mass > 0, mass, 1.0)
+    counted = answer if how in ("answer_length", "batch_length") else weight > 0
+    if how in ("batch_length", "masked_count"):
+        return total.sum() / counted.sum().clamp(min=1)
+    return (total.sum(1) / counted.sum(1).clamp(min=1)).mean()
+
+
+def _accuracy(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"], selected: Bool[Tensor, "B L"]) -> Float[Tensor, ""]:
+    right = (logits.detach().argmax(-1) == tokens) & selected
+    return right.sum() / selected.sum().clamp(min=1)
+
+
+@register("objective", "masked_diffusion")
+@dataclass(frozen=True)
+class MaskedDiffusion(Objective):
+    """Predict the hidden tokens of the answer: sum over masked i of w_i CE_i, with the corruptor's weights.
+
+    With `exact_count` (or `uniform`) noise and normaliser answer_length this is the negative log-likelihood bound per token. The prompt
+    is never masked; EOS padding is masked, predicted and counted, which is how the model learns to stop.
+    """
+
+    noise: Corruptor = ExactCount()
+    normaliser: Normaliser = "answer_length"
+
+    def check(self, model: Transformer) -> None:
+        if model.spec.attention == "causal":
+            raise ObjectiveError(
+                "masked diffusion needs a model that sees both sides of a mask, got attention 'causal'. "
+                "A causal model cannot fill gaps. Write attention: full, or objective: autoregressive."
+            )
+
+    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
+        masked, weight = self.noise(batch, generator)
+        return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
+
+    def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
+        if model.spec.attention == "block_causal":
+            allow = block_causal_allow(batch, model.spec.block_size or batch.answer_length)
+        else:
+            allow = full_allow(batch)
+        logits = model.logits(view.tokens, allow)
+        answer = batch.answer
+        value = normalise(cross_entropy(logits, batch.tokens), view.weight, answer, self.normaliser)
+        metrics = {
+            "masked_accuracy": _accuracy(logits, batch.tokens, view.weight > 0),
+            "masked_share": view.masked.sum() / answer.sum(),
+        }
+        return Loss(value, metrics)
+
+
+@register("objective", "autoregressive")
+@dataclass(frozen=True)
+class Autoregressive(Objective):
+    """Predict every answer token from the ones before it, the first EOS included. `padding`: also the EOS fill behind it."""
+
+    padding: bool = False
+
+    def check(self, model: Transformer) -> None:
+        if model.spec.attention != "causal" or model.spec.shift != 1:
+            raise ObjectiveError(
+                f"autoregressive training needs attention 'causal' and shift 1, got {model.spec.attention!r} and "
+                f"shift {model.spec.shift}. Otherwise a position sees the token it predicts. Write attention: causal, shift: 1."
+            )
+
+    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
+        return View(batch.tokens, torch.zeros_like(batch.answer), batch.answer.float())
+
+    def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
+        logits = model.logits(view.tokens)
+        weight = view.weight
+        if not self.padding:
+            ended = torch.zeros_like(batch.answer)
+            for eos in model.spec.eos_ids:
+                ended = ended | (batch.tokens == eos)
+            ended = ended & batch.answer
+            weight = weight * (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
+        value = normalise(cross_entropy(logits, batch.tokens), weight, batch.answer, "sum_of_weights")
+        return Loss(value, {"token_accuracy": _accuracy(logits, batch.tokens, weight > 0)})
+
+
+@register("objective", "d2f")
+@dataclass(frozen=True)
+class D2FDistillation(Objective):
+    """A block-causal student learns the full-attention teacher's distribution at masked positions. Both read the same noised row.
+
+        loss = sum over masked i of w_i D(teacher_i, student_i) / number of masked positions,   w_i = 1 / t_block(i)
+
+    The defaults are the official code (D2F-train/utils/loss.py at 771f745): forward KL, 1/t weights, mean over masked tokens, EOS padding
+    kept. The paper's Eq. 3 is `divergence: reverse_kl`, `weighted: false`. `self_align: false` replaces the teacher by the true tokens.
+    """
+
+    block_length: int = 16
+    noise: Corruptor | None = None
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    weighted: bool = True
+    self_align: bool = True
+    temperature: float = 1.0
+    normaliser: Normaliser = "masked_count"
+
+    def __post_init__(self) -> None:
+        if self.noise is None:
+            object.__setattr__(self, "noise", Monotone(block_length=self.block_length))
+        if self.temperature <= 0:
+            raise ObjectiveError(f"temperature must be above 0, got {self.temperature}. It divides the logits. Write temperature: 1.0.")
+        for part in self.noise.parts if isinstance(self.noise, Mixture) else (self.noise,):
+            length = getattr(part, "block_length", self.block_length)
+            if length != self.block_length:
+                raise ObjectiveError(
+                    f"the noise has blocks of {length} tokens and the attention has blocks of {self.block_length}. "
+                    f"They are one grid in D2F. Write block_length: {self.block_length} in the noise too."
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.self_align
+
+    def check(self, model: Transformer) -> None:
+        if model.spec.attention == "causal":
+            raise ObjectiveError(
+                "D2F distils from a bidirectional teacher, got a model with attention 'causal'. "
+                "A causal model cannot fill masks. Write a model trained with objective: masked_diffusion."
+            )
+
+    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
+        assert self.noise is not None
+        masked, weight = self.noise(batch, generator)
+        if not self.weighted:
+            weight = (weight > 0).to(weight.dtype)
+        return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
+
+    def teach(self, model: Transformer, batch: Batch, view: View) -> Float[Tensor, "B L V"]:
+        return model.logits(view.tokens, full_allow(batch))
+
+    def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
+        logits = model.logits(view.tokens, block_causal_allow(batch, self.block_length))
+        supervised = view.weight > 0
+        metrics = {"masked_accuracy": _accuracy(logits, batch.tokens, supervised)}
+        if not self.self_align:
+            values = cross_entropy(logits, batch.tokens)
+        else:
+            assert view.teacher is not None
+            values = self.divergence_of(logits, view.teacher)
+            if self.divergence == "forward_kl":
+                # The loss contains the teacher's entropy, which nothing can remove; people want to see what is left.
+                floor = soft_cross_entropy(view.teacher, view.teacher, self.temperature)
+                left = (values - floor).detach()
+                metrics["kl"] = normalise(left, view.weight, batch.answer, self.normaliser)
+            agree = (logits.detach().argmax(-1) == view.teacher.argmax(-1)) & supervised
+            metrics["teacher_agreement"] = agree.sum() / supervised.sum().clamp(min=1)
+        return Loss(normalise(values, view.weight, batch.answer, self.normaliser), metrics)
+
+    def divergence_of(self, student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"]) -> Float[Tensor, "B L"]:
+        """The chosen divergence at every position (forward KL up to the teacher's entropy)."""
+        rule = soft_cross_entropy if self.divergence == "forward_kl" else reverse_kl
+        return rule(student, teacher, self.temperature)
+
+
+def full_allow(batch: Batch) -> Bool[Tensor, "B L L"]:
+    """Everybody sees prompt and answer; nobody sees the padding behind the answer."""
+    rows, length = batch.tokens.shape
+    return batch.inside.unsqueeze(1).expand(rows, length, length)
+
+
+def block_causal_allow(batch: Batch, block_length: int) -> Bool[Tensor, "B L L"]:
+    """D2F's student mask. The padding is a last block of its own: it sees the row and only itself sees it.
+
+    k:  p p | 1 1 | 2 2 | .
+    p   x x   . .   . .   .      the prompt never sees the answer
+    1   x x   x x   . .   .
+    2   x x   x x   x x   .
+    .   x x   x x   x x   x      padding: no row of the softmax is empty
+    """
+    length = batch.tokens.shape[1]
+    block = answer_blocks(batch.prompt_length, length, block_length)
+    return block_causal(block.masked_fill(~batch.inside, length + 1))

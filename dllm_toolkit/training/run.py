@@ -1,0 +1,287 @@
+"""`dllm-toolkit train recipe.yaml`: build, resume if there is something to resume, fit, export, write the card."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
+from dllm_toolkit.training.data import Data, Fixed, Source, Stream
+from dllm_toolkit.training.export import export, write_card
+from dllm_toolkit.training.lora import Lora, inject
+from dllm_toolkit.training.module import DiffusionModule
+from dllm_toolkit.training.objectives import D2FDistillation, Objective
+from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
+
+
+class TrainError(ToolkitError):
+    """A training run that cannot start."""
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long, where and how precisely to train. The run ends at max_steps or max_minutes, whichever comes first.
+
+    max_minutes: wall minutes of training, compilation and validation included, over all sessions of a resumed run; the learning rate
+    anneals by the larger of step share and time share. accumulate: batches for each optimiser step. validate_every, checkpoint_every
+    and log_every count optimiser steps; validate_every 0 validates only at the end.
+    """
+
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    gradient_clip: float | None = 1.0
+    accumulate: int = 1
+    log_every: int = 50
+    validate_every: int = 1000
+    checkpoint_every: int = 1000
+    compile: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_minutes is None:
+            raise TrainError("the run has no end, got neither max_steps nor max_minutes. Write trainer: {max_steps: 10000}.")
+        for name in ("devices", "accumulate", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}. It is a count. Write {name}: 1.")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """The root of a training recipe.
+
+    output: checkpoint, metrics.jsonl and TensorBoard files. export: where the final weights and their card go (omit to keep only the
+    checkpoint). ema: decay of the average of the weights that is validated, decoded with and exported. lora: train an adapter instead
+    of the model.
+    """
+
+    model: Lazy[Model]
+    data: Data
+    objective: Objective
+    output: Path
+    optimizer: OptimizerRecipe = AdamW()
+    schedule: LearningRate = Cosine()
+    trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings(max_steps=1000))
+    ema: float | None = None
+    lora: Lora | None = None
+    callbacks: tuple[pl.Callback, ...] = ()
+    export: Path | None = None
+    summary: str = "A model trained with dllm_toolkit."
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective.needs_teacher and self.lora is None:
+            raise TrainError(
+                "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
+                "Write lora: {rank: 32, alpha: 32}."
+            )
+        if self.ema is not None and not 0.0 <= self.ema < 1.0:
+            raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
+
+
+def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
+    """Train as `built` says, resuming from `output/last.ckpt` of the same recipe if there is one; export at the end.
+
+    Raises TrainError if `output` belongs to another recipe (nothing is overwritten).
+    """
+    settings = built.trainer
+    checkpoint = _claim(built.output, recipe)
+    model = _prepare(built)
+    pl.seed_everything(built.seed, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+    module = DiffusionModule(
+        model,
+        built.objective,
+        built.optimizer,
+        built.schedule,
+        ema=built.ema,
+        gradient_clip=settings.gradient_clip,
+        max_steps=settings.max_steps,
+        max_minutes=settings.max_minutes,
+        compile=on_gpu if settings.compile == "auto" else settings.compile,
+        seed=built.seed,
+    )
+    # Lightning's own lines (devices found, tips) say nothing about the run.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = _trainer(built)
+    device = trainer.strategy.root_device
+    _say(f"making {type(built.data).__name__} on {device}")
+    train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
+    _say(f"{train.tokens.shape[0]} rows of {train.tokens.shape[1]} tokens, {train.batches_per_epoch} batches an epoch")
+    for callback in built.callbacks:
+        if isinstance(callback, DecodeWhileTraining):
+            callback.examples = built.data.examples(callback.problems)
+    validation = heldout.all_batches()
+    try:
+        trainer.fit(
+            module,
+            Stream(train, lambda: module.batches),
+            Fixed(validation),
+            ckpt_path=None if checkpoint is None else str(checkpoint),
+            weights_only=True,
+        )
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into exit(1); the command line has its own way to end
+            raise KeyboardInterrupt from None
+        raise
+    _finish(recipe, built, trainer, module, train, validation)
+    return module
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _claim(output: Path, recipe: Recipe) -> Path | None:
+    """Make `output` this recipe's own and return the checkpoint to resume from, if any."""
+    name = output / "recipe.sha"
+    checkpoint = output / "last.ckpt"
+    if name.is_file() and name.read_text(encoding="utf-8").strip() != recipe.hash():
+        raise TrainError(
+            f"{output} belongs to another recipe, got hash {recipe.hash()} where it has {name.read_text(encoding='utf-8').strip()}. "
+            f"Resuming would mix two runs; see {output / 'recipe.yaml'}. Write another output:, or delete the directory."
+        )
+    if checkpoint.is_file() and not name.is_file():
+        raise TrainError(
+            f"{checkpoint} has no recipe beside it, so it cannot be resumed safely. Write another output:, or delete the file."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    name.write_text(recipe.hash() + "\n", encoding="utf-8")
+    return checkpoint if checkpoint.is_file() else None
+
+
+def _prepare(built: TrainRecipe) -> Transformer:
+    """The model as it is trained: checked against objective and data, with its adapter and the student's attention rule."""
+    model = built.model.build()
+    if not isinstance(model, Transformer):
+        raise TrainError(f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}.")
+    built.objective.check(model)
+    built.data.check(model.spec.max_positions)
+    if model.tokenizer is None:
+        model.tokenizer = built.data.tokenizer()
+    if len(built.data.tokenizer()) > model.spec.vocab_size:
+        raise TrainError(
+            f"the data has {len(built.data.tokenizer())} token ids, got a model with {model.spec.vocab_size}. "
+            "Every id needs a row of the embedding. Use a model made for this tokenizer."
+        )
+    model.float().train().requires_grad_(True)  # loaded models come frozen, for decoding
+    if isinstance(built.objective, D2FDistillation):
+        # Matters for decoding only: both passes of the loss are given their masks.
+        model.with_attention("block_causal", built.objective.block_length)
+    if built.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(built.seed)
+            inject(model, built.lora, base=_base_name(built))
+    return model
+
+
+def _base_name(built: TrainRecipe) -> str:
+    """How the recipe names the frozen checkpoint (`asset:teacher`, a hub id), for adapter_config.json."""
+    path = built.model.tree.get("path") if isinstance(built.model.tree, dict) else None
+    return str(path) if path is not None else ""
+
+
+def _trainer(built: TrainRecipe) -> pl.Trainer:
+    settings = built.trainer
+    saver = ModelCheckpoint(
+        dirpath=built.output,
+        save_last=True,
+        save_top_k=0,
+        every_n_train_steps=settings.checkpoint_every,
+        enable_version_counter=False,
+    )
+    return pl.Trainer(
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        max_epochs=-1,
+        precision=settings.precision,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy=settings.strategy,
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=settings.validate_every * settings.accumulate or None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if settings.validate_every else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=settings.log_every,
+        logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version=""),
+        callbacks=[Throughput(built.output / "metrics.jsonl", settings.log_every), *built.callbacks, saver],
+        default_root_dir=built.output,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _finish(recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: DiffusionModule, train: Source, validation: list) -> None:
+    """The last validation, the checkpoint, the export and its card. Rank 0 writes."""
+    device = trainer.strategy.root_device
+    module.to(device)
+    if module.average is not None:
+        module.average.to(device)
+    trainer.save_checkpoint(built.output / "last.ckpt")
+    if not trainer.is_global_zero:
+        return
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        module.on_validation_epoch_start()
+        for number, batch in enumerate(validation):
+            module.validation_step(batch, number)
+        module.on_validation_epoch_end()
+    assert module.last_loss is not None and module.validation_loss is not None
+    _say(
+        f"step {trainer.global_step}: train loss {float(module.last_loss):.4f}, validation loss {module.validation_loss:.4f}, "
+        f"{module.seconds:.0f} s"
+    )
+    if built.export is None:
+        return
+    with module.averaged() as model:
+        spec = model.spec
+        report = export(model, built.export, validation[0], attention=spec.attention, block_size=spec.block_size)
+    sequences = module.batches * built.data.batch_size * trainer.world_size
+    write_card(
+        built.export,
+        {
+            "name": built.export.name,
+            "summary": built.summary,
+            "command": f"dllm-toolkit train {recipe.path}",
+            "recipe_hash": recipe.hash(),
+            "training": {
+                "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+                "all_parameters": sum(p.numel() for p in module.model.parameters()),
+                "seed": built.seed,
+                "data": repr(built.data),
+                "objective": repr(built.objective),
+                "steps": trainer.global_step,
+                "sequences": sequences,
+                "row_length": train.tokens.shape[1],
+                "seconds": round(module.seconds, 1),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+                "devices": trainer.world_size,
+                "precision": built.trainer.precision,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
+            },
+            "metrics": {
+                "final_train_loss": float(module.last_loss),
+                "final_validation_loss": module.validation_loss,
+                **({"float16_export": report} if report else {}),
+            },
+            "recipe": recipe.to_yaml(),
+        },
+    )
+    _say(f"exported to {built.export}")

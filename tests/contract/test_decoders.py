@@ -1,0 +1,83 @@
+"""Every decoder of the catalogue keeps the contract under every cache that accepts it, on every kind of model."""
+
+from __future__ import annotations
+
+import pytest
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.testing import cases, contract
+from dllm_toolkit.testing.contract import Toy
+from dllm_toolkit.testing.contract_cache import CACHE_CHECKS
+from dllm_toolkit.testing.contract_decoder import DECODER_CHECKS, check_same_text
+from dllm_toolkit.testing.record import Batch, unequal
+
+CHECKS = (*DECODER_CHECKS, *CACHE_CHECKS)
+# A shifted model differs in one thing, where a position is read from, so a few decoders cover it.
+SHIFTED = {"vanilla in blocks", "fast_dllm", "d2f", "block rewriting"}
+
+
+def fitting() -> list[tuple[cases.Case, cases.Case, Toy]]:
+    """All combinations that the needs allow."""
+    found = []
+    for toy in contract.toys():
+        for case in cases.DECODERS:
+            if toy.name.endswith("shifted") and case.name not in SHIFTED:
+                continue
+            for cache in cases.CACHES:
+                if contract.fits(case.build(), cache.build(), toy) is None:
+                    found.append((case, cache, toy))
+    return found
+
+
+@pytest.mark.parametrize(("case", "cache", "toy"), [pytest.param(*one, id=f"{one[0]}-{one[1]}-{one[2].name}") for one in fitting()])
+def test_contract(case: cases.Case, cache: cases.Case, toy: Toy) -> None:
+    place = contract.bench(case.build(), cache.build(), toy, idle=case.idle)
+    failed = [str(result) for result in contract.run_checks(place, CHECKS) if not result.passed]
+    assert not failed, "\n".join(failed)
+
+
+def test_every_decoder_meets_every_cache_that_its_needs_allow() -> None:
+    """No combination is lost by accident: mask-filling decoders run on four kinds of model, the autoregressive one on its own."""
+    pairs = {(case.name, cache.name, toy.name) for case, cache, toy in fitting()}
+    for case in cases.DECODERS:
+        own = {(cache, toy) for name, cache, toy in pairs if name == case.name}
+        if case.name.startswith("autoregressive"):
+            assert own == {(cache.name, "causal") for cache in cases.CACHES}
+        else:
+            assert {("none", "full"), ("dual", "full"), ("prefix", "full"), ("block_causal", "block_causal")} <= own
+            assert ("block_causal", "full") not in own
+
+
+def blocks(seed: int) -> Batch:
+    """Answers that are multiples of four: where a loop that drops the last, shorter block still decodes everything."""
+    batch = unequal(seed)
+    lengths = (8, 4, 12, 16)
+    return Batch(batch.prompts, tuple((None,) * length for length in lengths), batch.seeds)
+
+
+def same_text(fast: Decoder, slow: Decoder, cache: Cache, toy: Toy) -> None:
+    places = [contract.Bench(decoder, cache, toy.model, batch=blocks(0)) for decoder in (fast, slow)]
+    check_same_text(*places)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.DECODERS if case.slow is not None], ids=str)
+def test_stopping_early_changes_no_text(case: cases.Case) -> None:
+    """D12 on both kinds of attention."""
+    assert case.slow is not None
+    for toy in contract.toys()[:2]:
+        same_text(case.build(), case.slow(), cases.CACHES[0].build(), toy)
+
+
+@pytest.mark.parametrize("cache", ["none", "block_causal"])
+def test_d2f_drops_only_what_cannot_be_seen(cache: str) -> None:
+    """D12 for D2F: without the released loop's forwards after an end-of-text, the text is the same (block-causal models only)."""
+    chosen = next(case for case in cases.CACHES if case.name == cache)
+    ended = 0
+    for seed in range(4):
+        model = contract.tiny_transformer(2, "block_causal", 0, seed)
+        toy = Toy("block_causal", model, model)
+        fast, slow = (cases.d2f(**{**cases.D2F, "official_loop": official}) for official in (False, True))
+        same_text(fast, slow, chosen.build(), toy)
+        ended += int((contract.Bench(fast, chosen.build(), model, batch=blocks(0)).recording.last.result == 2).sum())
+    assert ended > 2, "no row ended early: the toys show nothing"

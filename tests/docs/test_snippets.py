@@ -1,0 +1,118 @@
+"""What the documentation shows runs: every Python block of docs/new_decoder.md in order, every YAML block, every file of examples/."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dllm_toolkit import recipe
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.decoders.block import BlockDecoder
+from dllm_toolkit.decoders.rules.commit import Quota
+from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
+from dllm_toolkit.testing import contract
+from dllm_toolkit.testing.record import difference, record, unequal
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "new_decoder.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The examples folder as a user's working folder."""
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return ROOT / "examples"
+
+
+@pytest.fixture
+def guide(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The guide's Python blocks, run one after the other as one module called my_rule."""
+    module = ModuleType("my_rule")
+    module.__spec__ = ModuleSpec("my_rule", None)
+    monkeypatch.setitem(sys.modules, "my_rule", module)
+    for number, block in enumerate(blocks("python")):
+        exec(compile(block, f"{GUIDE.name}, block {number}", "exec"), module.__dict__)
+    return module
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """The root of the guide's YAML."""
+
+    decoder: Decoder
+    cache: Cache
+
+
+def test_the_guide_runs(guide: ModuleType) -> None:
+    """Python blocks run as written (one of them runs the contract); the YAML builds with the rule of the first block."""
+    for name in ("Steady", "MyDecoder"):
+        place = contract.bench(
+            BlockDecoder(SemiAutoregressive(4), guide.Steady()) if name == "Steady" else guide.MyDecoder(), NoCache(), contract.toys()[0]
+        )
+        assert [result for result in contract.run_checks(place, contract.DECODER_CHECKS) if not result.passed] == []
+    (text,) = blocks("yaml")
+    import yaml
+
+    built = recipe.build(yaml.safe_load(text), Snippet)
+    assert built.decoder.commit.at_least == 0.6
+
+
+def test_the_guide_names_real_checks() -> None:
+    known = {contract.title(check)[:3] for check in (*contract.DECODER_CHECKS, *contract.CACHE_CHECKS, contract.d11_one_graph)}
+    named = set(re.findall(r"\b([DC]\d\d)\b", GUIDE.read_text(encoding="utf-8")))
+    assert named and named <= known
+
+
+@pytest.mark.parametrize("name", ["my_rule.EntropySpend", "look_twice.LookTwice"])
+def test_examples_keep_the_contract(name: str, examples: Path) -> None:
+    """As a user checks them: by the command, in the folder of the file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm_toolkit", "check", name],
+        cwd=examples,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout and re.search(r"(\d+) of \1 checks passed", done.stdout)
+
+
+@pytest.mark.parametrize("name", ["my_rule", "look_twice"])
+def test_examples_are_short(name: str) -> None:
+    """A method of one's own is less than thirty lines of code."""
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    code = re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip() and not line.startswith(("from", "import"))]) < 30
+
+
+def test_spending_nothing_is_one_token_a_step(examples: Path) -> None:
+    import my_rule  # type: ignore[import-not-found]
+
+    decoders = [BlockDecoder(SemiAutoregressive(4), rule) for rule in (my_rule.EntropySpend(0.0), Quota())]
+    for toy in contract.toys()[:2]:
+        one, other = (record(toy.model, decoder, NoCache(), unequal()) for decoder in decoders)
+        assert all(difference(one, row, other, row) is None for row in range(4)) and one.fingerprint() == other.fingerprint()
+
+
+def test_the_example_recipe_is_valid(examples: Path) -> None:
+    from dllm_toolkit.evaluation.compare import CompareRecipe
+
+    checked = recipe.load(examples / "my_rule.yaml").checked(CompareRecipe)
+    assert set(checked.tree["configurations"]) == {"one_at_a_time", "threshold", "entropy_spend", "look_twice"}
+    built = checked.build(CompareRecipe)
+    assert type(built.configurations["entropy_spend"].decoder.commit).__name__ == "EntropySpend"

@@ -1,0 +1,66 @@
+"""No dead arguments: for every argument of everything in the catalogue there is a value that changes a decode on some toy."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.testing import cases, contract
+from dllm_toolkit.testing.models import VOCABULARY, Scripted, tiny_transformer
+from dllm_toolkit.testing.record import record, unequal
+
+FIRST = {}
+for _case in cases.ALL:
+    FIRST.setdefault((_case.kind, _case.maker), _case)
+KNOBS = [pytest.param(case, argument, id=f"{case}-{argument}") for case in FIRST.values() for argument in case.knobs]
+
+
+def certain() -> Scripted:
+    """Every position is sure of one token: probability exactly 1."""
+    logits = torch.full((64, VOCABULARY), float("-inf"), dtype=torch.float64)
+    logits[torch.arange(64), torch.arange(64) % 20] = 0.0
+    return Scripted([logits])
+
+
+def models(decoder: Decoder) -> Iterator[Model]:
+    """The toys that a decoder accepts, then more of each kind, then one that is certain."""
+    kinds = [toy for toy in contract.toys() if contract.fits(decoder, NoCache(), toy) is None]
+    yield from (toy.model for toy in kinds)
+    for seed in range(10, 14):
+        yield from (tiny_transformer(2, toy.model.spec.attention, toy.model.spec.shift, seed) for toy in kinds)
+    yield certain()
+
+
+def decoder_of(case: cases.Case, knob: cases.Knob, **changes: Any) -> Decoder:
+    made = case.build(**{**knob.given, **changes})
+    if knob.place is not None:
+        return knob.place(made)
+    return made if isinstance(made, Decoder) else contract.standard_decoders(made)[0]
+
+
+@pytest.mark.parametrize("case", list(FIRST.values()), ids=str)
+def test_every_argument_has_a_knob(case: cases.Case) -> None:
+    arguments = set(inspect.signature(case.maker).parameters) if _takes_arguments(case) else set()
+    assert set(case.knobs) == arguments
+
+
+def _takes_arguments(case: cases.Case) -> bool:
+    # A frozen dataclass without fields still has the (self, /, *args, **kwargs) signature of object in some versions.
+    return not (inspect.isclass(case.maker) and not getattr(case.maker, "__dataclass_fields__", {}))
+
+
+@pytest.mark.parametrize(("case", "argument"), KNOBS)
+def test_the_knob_turns_something(case: cases.Case, argument: str) -> None:
+    knob = case.knobs[argument]
+    one, other = decoder_of(case, knob), decoder_of(case, knob, **{argument: knob.value})
+    for model in models(one):
+        if record(model, one, NoCache(), unequal()).fingerprint() != record(model, other, NoCache(), unequal()).fingerprint():
+            return
+    pytest.fail(f"{argument}={knob.value!r} changes nothing on any toy: the argument is dead, or the value badly chosen")
