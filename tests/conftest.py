@@ -21,7 +21,14 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+# Where only our own code and torch's stable parts run, a warning is an error.
+STRICT = {"contract", "lattice"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if STRICT & set(item.path.parts):
+            item.add_marker(pytest.mark.filterwarnings("error"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -142,7 +142,13 @@ def combinations(component: Decoder | Part | Cache) -> list[tuple[Decoder, Cache
     if isinstance(component, Cache):
         return [(decoder, component, toy) for decoder in standard_decoders() for toy in toys()]
     decoders = [component] if isinstance(component, Decoder) else standard_decoders(component)
-    return [(decoder, cache, toy) for decoder in decoders for toy in toys() for cache in all_caches()]
+    return [
+        (decoder, cache, toy)
+        for number, decoder in enumerate(decoders)
+        for toy in toys()
+        for cache in all_caches()
+        if number == 0 or toy.model.spec.shift == 0  # where a position is read from is no business of the second template
+    ]
 
 
 def check_component(component: Any) -> list[CheckResult]:

@@ -39,13 +39,6 @@ def test_decide_is_one_graph(case: cases.Case) -> None:
     d11_one_graph(contract.bench(case.build(), NoCache(), toy_of(case.build())))
 
 
-@pytest.mark.parametrize("case", cases.PARTS, ids=str)
-def test_every_part_compiles(case: cases.Case) -> None:
-    decoder = contract.standard_decoders(case.build())[-1]
-    toy = next(toy for toy in contract.toys() if contract.fits(decoder, NoCache(), toy) is None)
-    d11_one_graph(contract.bench(decoder, NoCache(), toy))
-
-
 @pytest.mark.parametrize(
     ("name", "cache"),
     [("vanilla in blocks", DualCache()), ("fast_dllm", DualCache()), ("d2f", BlockCausalCache()), ("autoregressive", BlockCausalCache())],

@@ -15,6 +15,10 @@ from dllm_toolkit.testing.record import Batch, unequal
 CHECKS = (*DECODER_CHECKS, *CACHE_CHECKS)
 # A shifted model differs in one thing, where a position is read from, so a few decoders cover it.
 SHIFTED = {"vanilla in blocks", "fast_dllm", "d2f", "block rewriting"}
+# Every method meets every cache, and so do the rules that look back; variants of a method meet the cache that saves most.
+METHODS = {case.maker: case.name for case in reversed(cases.DECODERS)}
+EVERYWHERE = {*METHODS.values(), "block rewriting", "block doubting", "pipeline rewriting"}
+VARIANTS = {("dual", "full"), ("block_causal", "block_causal")}
 
 
 def fitting() -> list[tuple[cases.Case, cases.Case, Toy]]:
@@ -25,6 +29,8 @@ def fitting() -> list[tuple[cases.Case, cases.Case, Toy]]:
             if toy.name.endswith("shifted") and case.name not in SHIFTED:
                 continue
             for cache in cases.CACHES:
+                if case.name not in EVERYWHERE | SHIFTED and (cache.name, toy.name) not in VARIANTS | {("block_causal", "causal")}:
+                    continue
                 if contract.fits(case.build(), cache.build(), toy) is None:
                     found.append((case, cache, toy))
     return found
@@ -40,7 +46,7 @@ def test_contract(case: cases.Case, cache: cases.Case, toy: Toy) -> None:
 def test_every_decoder_meets_every_cache_that_its_needs_allow() -> None:
     """No combination is lost by accident: mask-filling decoders run on four kinds of model, the autoregressive one on its own."""
     pairs = {(case.name, cache.name, toy.name) for case, cache, toy in fitting()}
-    for case in cases.DECODERS:
+    for case in (case for case in cases.DECODERS if case.name in EVERYWHERE):
         own = {(cache, toy) for name, cache, toy in pairs if name == case.name}
         if case.name.startswith("autoregressive"):
             assert own == {(cache.name, "causal") for cache in cases.CACHES}

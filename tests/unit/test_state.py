@@ -78,7 +78,8 @@ def test_revise_counts_changes() -> None:
 def test_finish_fills_behind_the_end_and_counts_the_step() -> None:
     state = fresh().write(canvas((0, 2), (1, 1), (1, 2)), torch.full((2, 6), 7))
     ended = state.finish(Verdict(torch.tensor([True, False]), torch.tensor([3, 3]), Result.END_OF_TEXT))
-    assert ended.tokens[0].tolist() == [1, 2, 7, 9, EOS, EOS], "a pinned token stays, masks behind the end become fill"
+    assert torch.equal(ended.tokens, state.tokens), "the fill comes with `advance`, once a step"
+    assert ended.fill().tokens[0].tolist() == [1, 2, 7, 9, EOS, EOS], "a pinned token stays, masks behind the end become fill"
     assert ended.end.tolist() == [3, 3] and ended.result.tolist() == [Result.END_OF_TEXT, Result.RUNNING]
     after = ended.advance((), torch.tensor([True, True]))
     assert after.step.tolist() == [1, 1], "every row that took part in the step counts it once"
@@ -129,7 +130,7 @@ def test_promises_hold_after_any_sequence(actions: list[str], random: object) ->
         elif action == "revise":
             state = state.revise(Edit(mask(2, 6), mask(2, 6), mask(2)), TOKENS)
         elif action == "finish":
-            state = state.finish(Verdict(mask(2), state.begin + 1, Result.END_OF_TEXT))
+            state = state.finish(Verdict(mask(2), state.begin + 1, Result.END_OF_TEXT)).advance((), mask(2) & False)
         else:
             state = state.advance((), mask(2) & ~state.masked.any(1))
         assert torch.equal(state.tokens[first.fixed], first.tokens[first.fixed])
