@@ -49,7 +49,7 @@ class PrefixCache(Cache):
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
         start = torch.where(region.read, state.positions, state.tokens.shape[1]).amin(1, keepdim=True)
-        return Plan(region.visible & (_moved(region, own) | (state.positions >= start) | dirty), region.visible)
+        return Plan(region.visible & (_moved(region, own) | (state.positions >= start) | (dirty & state.fixed)), region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
         return torch.where(state.done, own, region.epoch)
@@ -70,7 +70,7 @@ class DualCache(Cache):
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
         # Dirty: pinned tokens of a block that has just opened are not read, but their keys are not there yet either.
-        return Plan(region.visible & (_moved(region, own) | region.read | dirty), region.visible)
+        return Plan(region.visible & (_moved(region, own) | region.read | (dirty & state.fixed)), region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
         return torch.where(state.done, own, region.epoch)

@@ -43,7 +43,8 @@ class Adaptive(Commit):
     """Commit between `minimum` and `maximum` of the best-ranked positions, as many as score `at_least`.
 
     eos_share: until this share of the answer is decided, positions that say one of `late` ("eos" or ids) wait.
-    max_steps: steps in one block after which everything left in it is committed at once, the gate lifted.
+    max_steps: steps in one block after which everything left in it is committed at once, the gate lifted; None: no limit, since a block
+    never needs more steps than it has tokens.
 
     Reference: CD4LM (repository CDLM).
     """
@@ -55,7 +56,7 @@ class Adaptive(Commit):
     maximum: int = 32
     eos_share: float = 0.5
     late: tuple[Special, ...] = ("eos",)
-    max_steps: int = 32
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.maximum:
@@ -83,6 +84,8 @@ class Adaptive(Commit):
         chosen = select.top_k(proposal.score, free, count)
         held = select.top_k(proposal.score, region.eligible, torch.full_like(count, self.minimum))
         chosen = torch.where(free.any(1, keepdim=True), chosen, held)
+        if self.max_steps is None:
+            return chosen
         return torch.where((own.taken >= self.max_steps).unsqueeze(1), region.eligible, chosen)
 
     def carry(self, proposal: Proposal, region: Region, state: State) -> StepsInBlock:
@@ -110,15 +113,13 @@ def confidence_adaptive(
     """CAD (CD4LM): between `minimum` and `maximum` tokens a step by confidence, end-of-text held back at first.
 
     threshold: default 0.8 for probability, -0.3 for negative_entropy. block_length None: the whole answer (the paper's setting for code).
-    max_steps_per_block None: the block's length, which one token a step never exceeds.
+    max_steps_per_block None: no limit (the released default, the block's length, is never exceeded either).
     """
     at_least = threshold if threshold is not None else (-0.3 if score == "negative_entropy" else 0.8)
     stop: Stop = AtEos() if stop_at_eos else WhenFull()
-    # A block never needs more steps than it has tokens, so an unlimited count stands for "its own length".
-    limit = max_steps_per_block if max_steps_per_block is not None else 1 << 30
     return BlockDecoder(
         schedule=SemiAutoregressive(block_length),
-        commit=Adaptive(at_least, minimum, maximum, eos_share, late, limit),
+        commit=Adaptive(at_least, minimum, maximum, eos_share, late, max_steps_per_block),
         propose=Sample(temperature=temperature, score=score),
         stop=stop,
     )

@@ -27,11 +27,12 @@ def fast_dllm(
     temperature: float = 0.0,
     stop_at_eos: bool = True,
     official_tail: bool = False,
+    step_cap: int | None = None,
 ) -> BlockDecoder:
     """Fast-dLLM (arXiv 2505.22618): parallel commits by `threshold` (default 0.9) or by `factor`, block after block.
 
-    stop_at_eos: the released loop decodes every block to the end (write false to reproduce it). official_tail: reproduce a slip of the
-    released factor rule, see `Factor`.
+    Three flags reproduce the released code. stop_at_eos false: decode every block to its end. official_tail: a slip of its factor rule, see
+    `Factor`. step_cap: its v1 dual-cache loop spends at most this many forwards on an answer and leaves masks, see `SemiAutoregressive`.
     """
     if threshold is not None and factor is not None:
         raise DecodeError(
@@ -41,7 +42,7 @@ def fast_dllm(
     commit = Factor(factor, official_tail) if factor is not None else Gate(0.9 if threshold is None else threshold)
     stop: Stop = AtEos() if stop_at_eos else WhenFull()
     return BlockDecoder(
-        schedule=SemiAutoregressive(block_length),
+        schedule=SemiAutoregressive(block_length, step_cap=step_cap),
         commit=commit,
         propose=Sample(temperature=temperature),
         stop=stop,

@@ -84,7 +84,7 @@ def _llada_config(config: Mapping[str, Any]) -> TransformerConfig:
         mlp_width=mlp_width,
         mask_id=mask_id,
         eos_ids=eos_ids,
-        pad_id=config.get("pad_token_id") if config.get("pad_token_id") is not None else eos_ids[0],
+        pad_id=int(eos_ids[0] if config.get("pad_token_id") is None else config["pad_token_id"]),
         max_positions=config.get("max_sequence_length", 4096),
         rope_theta=config.get("rope_theta", 500000.0),
         norm_eps=config.get("rms_norm_eps", 1e-5),

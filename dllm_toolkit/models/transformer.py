@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ class Layer(nn.Module):
             is_causal=causal,
             enable_gqa=self.heads != self.kv_heads,
         )
-        x = x + self.o_proj(mixed.transpose(1, 2).reshape(rows, lanes, -1))
+        x = x + self.o_proj(rearrange(mixed, "b h w d -> b w (h d)"))
         normed = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 

@@ -121,6 +121,7 @@ DECODERS = (
             "temperature": Knob(1.0),
             "stop_at_eos": Knob(False),
             "official_tail": Knob(True, {"threshold": None, "factor": 1.5}),
+            "step_cap": Knob(4),
         },
         slow=lambda: fast_dllm(4, threshold=0.6, stop_at_eos=False),
     ),
@@ -223,7 +224,7 @@ SCHEDULES = (
         "schedule",
         SemiAutoregressive,
         {"block_length": 4},
-        knobs={"block_length": Knob(2), "hold": Knob(40)},
+        knobs={"block_length": Knob(2), "hold": Knob(40), "step_cap": Knob(4)},
     ),
     Case("whole_answer", "schedule", whole_answer),
     Case(

@@ -42,8 +42,10 @@ class Blocks:
 class SemiAutoregressive(Schedule):
     """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
 
-    `block_length` None opens the whole answer at once. `hold` (steps for the whole answer, shared out over blocks) keeps a block open
-    for its share of steps even when it is full: LLaDA's released loop does so and spends forwards on nothing. It changes no token.
+    `block_length` None opens the whole answer at once. Two flags reproduce released loops; both count steps of the whole answer, shared
+    out over its blocks. `hold` keeps a block open for its share even when it is full: LLaDA's loop spends forwards on nothing.
+    `step_cap` leaves a block after its share even when masks are left in it; the next block's first step may still fill them, and what
+    is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop.
 
     Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
     """
@@ -53,6 +55,7 @@ class SemiAutoregressive(Schedule):
 
     block_length: int | None = 32
     hold: int | None = None
+    step_cap: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 1:
@@ -71,6 +74,8 @@ class SemiAutoregressive(Schedule):
         open_now = own.open.unsqueeze(1)
         inside = state.inside
         here = (own.block == open_now) & inside
+        if self.step_cap is not None:  # masks that earlier blocks left behind get one more chance when a block opens
+            here = here | (inside & state.masked & (own.block < open_now) & (own.spent == 0).unsqueeze(1))
         visible = state.positions < state.end.unsqueeze(1)
         if state.spec.attention != "full":
             visible = visible & (own.block <= open_now)
@@ -80,22 +85,29 @@ class SemiAutoregressive(Schedule):
             group=torch.zeros_like(own.block),  # one open block: one promise of progress a row
             force=here,
             visible=visible,
-            closed=own.block < open_now,
+            closed=(own.block < open_now) & ~state.masked if self.step_cap is not None else own.block < open_now,
             block=own.block,
             epoch=own.open,
         )
 
     def advance(self, state: State) -> tuple[Blocks, Rows]:
         own: Blocks = state.parts.schedule
-        following = torch.maximum(first_open_block(state, own.block), own.open)
-        move = (following > own.open) & state.settled
-        if self.hold is not None:
-            here = ((own.block == own.open.unsqueeze(1)) & state.inside).sum(1)
-            share = (self.hold * here).div(own.answer.clamp(min=1), rounding_mode="floor")
-            move = move & (own.spent + 1 >= share)
         beyond = state.masked.shape[1] + 1
+        open_now = own.open.unsqueeze(1)
+        following = torch.where(state.masked & (own.block > open_now), own.block, beyond).amin(1)
+        move = ~(state.masked & (own.block == open_now)).any(1) & state.settled
+        if self.hold is not None:
+            move = move & self._spent(own, state, self.hold)
+        if self.step_cap is not None:
+            move = move | self._spent(own, state, self.step_cap)
         opened = torch.where(move, following, own.open)
         return Blocks(own.block, opened, (own.spent + 1).masked_fill(move, 0), own.answer), opened == beyond
+
+    @staticmethod
+    def _spent(own: Blocks, state: State, steps: int) -> Rows:
+        """Has the open block used up its share of `steps`, this step included?"""
+        size = ((own.block == own.open.unsqueeze(1)) & state.inside).sum(1)
+        return own.spent + 1 >= (steps * size).div(own.answer.clamp(min=1), rounding_mode="floor")
 
 
 @register("schedule", "whole_answer")
