@@ -2,6 +2,7 @@
 #
 #   make quickstart              compare six decoders on 32 word problems (about two minutes on two cores)
 #   make test                    the whole test suite;  make test TESTS="tests/golden -k d2f" runs a part
+#   make shapes                  core and golden tests with every shape annotation checked at run time
 #   make check                   ruff and pyright
 #   make contract PART=my_rule.MyRule      the contract tests on a class of your own
 #   make figures                 draw the pictures of docs/ again
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOP   := $(VENV)/.installed-dev
 PINS      := pyproject.toml constraints.txt
 
-.PHONY: quickstart test check contract figures clean help
+.PHONY: quickstart test shapes check contract figures clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,11 @@ quickstart: $(INSTALLED)
 
 test: $(DEVELOP)
 	$(BIN)/python -m pytest $(TESTS)
+
+# In a run of its own: the checks wrap every function, which torch.compile(fullgraph=True) refuses to look through.
+shapes: $(DEVELOP)
+	$(BIN)/python -m pytest -q --jaxtyping-packages=dllm_toolkit,beartype.beartype tests/golden \
+	  tests/unit/test_ops_*.py tests/unit/test_state.py tests/unit/test_transformer.py tests/unit/test_corrupt.py
 
 check: $(DEVELOP)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return x ^ (x >> 16)
 
 
-def uniform(*keys: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def uniform(*keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Uniform numbers in (0, 1), float32, one for each combination of the broadcast integer keys."""
     state = torch.zeros((), dtype=torch.int64, device=keys[0].device)
     for number, key in enumerate(keys):
@@ -31,6 +31,6 @@ def uniform(*keys: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return ((state >> 9).to(torch.float32) + 0.5) * (1.0 / (1 << 23))
 
 
-def gumbel(*keys: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def gumbel(*keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Standard Gumbel noise, -ln(-ln u), from the same hash."""
     return -torch.log(-torch.log(uniform(*keys)))
