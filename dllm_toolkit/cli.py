@@ -1,4 +1,4 @@
-"""The `dllm-toolkit` command: compare, generate, train, list, show, check.
+"""The `dllm-toolkit` command: compare, generate, train, list, show, check, golden, doctor.
 
 Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
 is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so
@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dllm_toolkit import __version__
@@ -63,7 +64,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dllm-toolkit",
         description="Decode, compare and train diffusion language models, from recipes (YAML files).",
-        epilog="start here:\n  dllm-toolkit compare recipes/quickstart.yaml\n\n`dllm-toolkit COMMAND --help` explains a command.",
+        epilog="start here:\n  dllm-toolkit compare recipes/quickstart.yaml\n  dllm-toolkit doctor\n\n"
+        "`dllm-toolkit COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dllm-toolkit {__version__}")
@@ -103,9 +105,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _generate,
         "answer a prompt with a model and a decoder",
         "Prints the answer on stdout, and how it was decoded on stderr. --trace shows the text after\n"
-        "each step, with _ for what is not decided yet.",
-        'generate recipes/decode/d2f_stories.yaml prompt="Tom has 3 apples. ..." --trace',
-        'generate recipes/decode/d2f_stories.yaml decoder.threshold=0.7 prompt="..."',
+        "each step, with _ for what is not decided yet. A model without a tokenizer takes\n"
+        "prompt_ids=[1,2,3] and answers with ids.",
+        "generate recipes/decode/d2f_stories.yaml --trace \\\n"
+        '      prompt="Noah brings 32 magnets from home. Nora has 3 times as many magnets as Noah. '
+        'What is the difference between Nora and Noah now?"',
+        'generate recipes/decode/d2f_llada.yaml model.path=checkpoints/LLaDA-8B-Instruct prompt="Hello"',
     )
     takes_recipe(generate)
     generate.add_argument("--trace", action="store_true", help="show the text after every step, on stderr")
@@ -117,7 +122,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "Writes checkpoints and TensorBoard files into the recipe's output directory, and at the end\n"
             "the weights with a card. A run that was stopped continues when the same command is given again.",
             "train recipes/train/teacher.yaml",
-            "train recipes/train/teacher.yaml trainer.max_steps=100 output=runs/short",
+            "train recipes/train/teacher.yaml trainer.max_steps=20 trainer.max_minutes=null trainer.precision=32-true \\\n"
+            "      data.size=2000 data.heldout=64 data.batch_size=16 output=runs/try export=null   # try it on a laptop",
         )
     )
     listing = add(
@@ -152,6 +158,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     check.add_argument("name", metavar="NAME", help="a registered name, or a dotted path to your class")
     check.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="arguments of the class")
+    golden = add(
+        "golden",
+        _golden,
+        "replay recorded decodes of the official implementations",
+        "Decodes every case of a directory in this format with this package and compares token ids,\n"
+        "number of forwards, commit order and query lengths, and logits within their tolerance. A row a\n"
+        "file; the last line is one JSON object. Exit code 1 if a case differs.",
+        "golden",
+        "golden tests/golden/vectors",
+    )
+    golden.add_argument("directory", metavar="DIR", nargs="?", help="a directory with cases/ and the checkpoints; default: the shipped one")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "say what this machine has, which checkpoints are in reach, and whether they fit",
+        "Versions, devices and memory, the checkpoints that ship, lie in checkpoints/ or in the hub's\n"
+        "cache, and the line to type next. Loads no weights and leaves the network alone. Exit code 1 if\n"
+        "something that was asked for is not usable.",
+        "doctor",
+        "doctor checkpoints/LLaDA-8B-Instruct",
+        "doctor Dream-org/Dream-v0-Instruct-7B --online",
+    )
+    doctor.add_argument("checkpoints", metavar="PATH_OR_ID", nargs="*", help="a directory, a hub id, a .gguf file or asset:NAME")
+    doctor.add_argument("--online", action="store_true", help="also ask the hub whether it answers")
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse ends a list of positionals at the first option: `generate x.yaml --trace prompt=...`.
@@ -293,6 +323,18 @@ def _check(arguments: argparse.Namespace) -> int:
             print(f"{'':15}{result.name.partition(' ')[2]} {result.message}")
     print(f"{len(groups) - faulty} of {len(groups)} checks passed on every combination of model and cache")
     return 1 if faulty else 0
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.testing import golden
+
+    return golden.main(Path(arguments.directory) if arguments.directory else None)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.doctor import run_doctor
+
+    return run_doctor(arguments.checkpoints, online=arguments.online)
 
 
 def _kind_of(name: str) -> str:

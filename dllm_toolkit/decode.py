@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -93,11 +95,11 @@ def decode(
     """
     start = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, compile)
     state, engine, budget = start
-    limit = max_steps if max_steps is not None else 4 * max(budget) + 16
+    limit = _limit(max_steps, budget)
     _synchronise(state)
     clock = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(limit + 1):
+        for _ in range(limit):
             after = decoder.step(engine, state)
             if engine.finished(after):
                 break
@@ -121,9 +123,9 @@ def trace(
     seed: int | Sequence[int] = 0,
     max_steps: int | None = None,
 ) -> Iterator[Step]:
-    """Step through a decode: the same arguments and states as `decode`, one `Step` at a time."""
+    """Step through a decode: the same arguments and states as `decode`, one `Step` at a time. Ends at `max_steps` without an error."""
     state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
-    for _ in range(max_steps if max_steps is not None else 4 * max(budget) + 16):
+    for _ in range(_limit(max_steps, budget)):
         with torch.inference_mode():
             after = decoder.step(engine, state)
         if engine.finished(after):
@@ -146,40 +148,81 @@ def _start(
     spec = model.spec
     cache = NoCache() if cache is None else cache
     check(spec, decoder, cache)
-    answers = _templates(prompts, max_new_tokens, templates)
-    check_prompts(spec, prompts, [len(answer) for answer in answers])
-    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    check_prompts(spec, prompts, _lengths(prompts, max_new_tokens, templates))
+    answers = _templates(spec, prompts, max_new_tokens, templates)
+    seeds = _whole("seed", seed)
+    seeds = [seeds + row for row in range(len(prompts))] if isinstance(seeds, int) else seeds
     if len(seeds) != len(prompts):
         raise DecodeError(f"one seed a prompt, got {len(seeds)} for {len(prompts)} prompts. Write seed: 0, or a list of that length.")
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     if compile:
         length = -(-length // 64) * 64  # few canvas lengths, few graphs
+    seeds = [one & 0xFFFFFFFF for one in seeds]  # the noise reads 32 bits of its keys, so seeds of any size and sign are keys
     rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     # In inference mode like every later state: a compiled step would otherwise be compiled twice, once for the first state alone.
     with torch.inference_mode():
         state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
     schedule = getattr(decoder, "schedule", None)
-    engine = Engine(
-        model, cache, state, max_reads=schedule.max_reads(max(budget)) if schedule is not None else None, compile=compile
-    )
+    engine = Engine(model, cache, state, max_reads=schedule.max_reads(max(budget)) if schedule is not None else None, compile=compile)
     return state, engine, budget
 
 
-def _templates(
+def _limit(max_steps: int | None, budget: list[int]) -> int:
+    """The most steps of a decode. The default is generous: no method that ships needs more than one step a token."""
+    if max_steps is None:
+        return 4 * max(budget) + 17
+    limit = _whole("max_steps", max_steps)
+    if not isinstance(limit, int) or limit < 1:
+        raise DecodeError(f"max_steps must be 1 or more, got {max_steps!r}. It counts decoder steps. Write max_steps: 256, or None.")
+    return limit
+
+
+def _whole(name: str, value: Any) -> int | list[int]:
+    """`value` as a whole number or a list of them."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        pass
+    try:
+        return [operator.index(one) for one in value]
+    except TypeError:
+        raise DecodeError(f"{name} must be a whole number or a list of them, got {value!r}. Write for instance {name}: 96.") from None
+
+
+def _lengths(
     prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] | None, templates: Sequence[Template] | None
-) -> list[Template]:
+) -> list[int]:
+    """The answer length of each prompt."""
     if (max_new_tokens is None) == (templates is None):
         raise DecodeError(
             f"write either max_new_tokens or templates, got max_new_tokens={max_new_tokens} and "
             f"{'no' if templates is None else len(templates)} templates. One of them says how long the answers are."
         )
+    lengths = _whole("max_new_tokens", max_new_tokens) if templates is None else [len(template) for template in templates]
+    if isinstance(lengths, int):
+        lengths = [lengths] * len(prompts)
+    if len(lengths) != len(prompts):
+        raise DecodeError(f"one answer length a prompt, got {len(lengths)} for {len(prompts)} prompts. Write one number for all.")
+    return lengths
+
+
+def _templates(
+    spec: ModelSpec,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int] | None,
+    templates: Sequence[Template] | None,
+) -> list[Template]:
+    """The answer skeleton of each prompt."""
     if templates is None:
-        assert max_new_tokens is not None
-        lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        templates = [[None] * length for length in lengths]
-    if len(templates) != len(prompts):
-        raise DecodeError(f"one answer length a prompt, got {len(templates)} for {len(prompts)} prompts. Write one number for all.")
+        return [[None] * length for length in _lengths(prompts, max_new_tokens, None)]
+    for row, template in enumerate(templates):
+        wrong = [one for one in template if one is not None and not 0 <= one < spec.vocab_size]
+        if wrong:
+            raise DecodeError(
+                f"template {row} pins an id outside the vocabulary, got {wrong[0]} with {spec.vocab_size} rows. Write an id below that, or "
+                "None for a position to decode."
+            )
     return list(templates)
 
 
@@ -193,9 +236,10 @@ def check_prompts(spec: ModelSpec, prompts: Sequence[Sequence[int]], answers: Se
         if answer < 1:
             raise DecodeError(f"max_new_tokens must be 1 or more, got {answer} for prompt {row}. Write max_new_tokens: 96.")
         if len(prompt) + answer > spec.max_positions:
+            room = spec.max_positions - len(prompt)
+            advice = f"Write max_new_tokens: {room}, or shorten the prompt." if room > 0 else "Shorten the prompt."
             raise DecodeError(
-                f"prompt {row} is too long, got {len(prompt)} tokens and {answer} to decode with {spec.max_positions} positions. "
-                f"Write max_new_tokens: {max(spec.max_positions - len(prompt), 0)}, or shorten the prompt."
+                f"prompt {row} is too long, got {len(prompt)} tokens and {answer} to decode with {spec.max_positions} positions. {advice}"
             )
         if min(prompt) < 0 or max(prompt) >= spec.vocab_size:
             raise DecodeError(

@@ -62,6 +62,8 @@ class Engine:
         self.max_reads = max_reads
         self.widths = widths or buckets(length)
         self._units: dict[Callable[..., Any], Callable[..., Any]] = {}
+        if compile:
+            _allow_graphs()
         self._forward: Callable[..., Tensor] = (
             torch.compile(model, mode="reduce-overhead", dynamic=False) if compile else model
         )
@@ -132,6 +134,7 @@ class Engine:
             slots=positions,
             allow=allow,
             read=source,
+            prompt=positions < state.begin.unsqueeze(1),
         )
 
     def _nothing(self, state: State) -> Answer:
@@ -141,6 +144,19 @@ class Engine:
         dtype = None if self.last is None else self.last.answer.logits.dtype
         logits = torch.zeros(rows, reads, state.spec.vocab_size, dtype=dtype, device=state.tokens.device)
         return Answer(logits, torch.full((rows, reads), length, device=state.tokens.device))
+
+
+def _allow_graphs(most: int = 1024) -> None:
+    """Let one function have many graphs.
+
+    `decide` and the model's forward are one code object each for every decoder, model, width and batch size of a process. At torch's
+    limit of 8 graphs a comparison would fail in its fourth configuration, and forwards would fall back to eager without a word.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
 
 
 def buckets(length: int) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
 """`dllm-toolkit generate`: load a model, decode the answers to prompts, print them.
 
 The answers go to stdout, everything about them to stderr. With a trace, every step prints each row's answer
-so far, `_` where a position is not decided yet.
+so far, `_` where a position is not decided yet. A model without a tokenizer takes ids and answers with ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from dllm_toolkit.decode import decode
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import answer_tokens
+from dllm_toolkit.evaluation.pictures import plural
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.state import State
@@ -53,13 +55,15 @@ class GenerateRecipe:
     """Root of a generation recipe.
 
     prompt: one text or a list. prompt_format: the text around it, such as "Question: {prompt} Answer:"; null
-    takes the tokenizer's chat template if it has one, and the prompt as it is otherwise.
+    takes the tokenizer's chat template if it has one, and the prompt as it is otherwise. prompt_ids: token ids, one list
+    or a list of lists, instead of prompt; they are taken as they are.
     """
 
     model: Lazy[Model]
     decoder: Decoder
     cache: Cache = field(default_factory=NoCache)
     prompt: str | tuple[str, ...] | None = None
+    prompt_ids: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     prompt_format: str | None = None
     run: GenerateOptions = field(default_factory=GenerateOptions)
 
@@ -69,6 +73,10 @@ class GenerateRecipe:
                 f"prompt_format must contain {{prompt}}, got {self.prompt_format!r}. The prompt goes there. "
                 'Write prompt_format: "Question: {prompt} Answer:".'
             )
+        if self.prompt is not None and self.prompt_ids is not None:
+            raise GenerateError(
+                "a recipe takes prompt or prompt_ids, got both. One is text, the other is the same thing as token ids. Leave one out."
+            )
 
 
 def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False) -> list[str]:
@@ -77,21 +85,24 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     Raises ToolkitError before the first forward for a missing or empty prompt, a device that is not there,
     and a decoder, cache and model that do not fit each other.
     """
-    prompts = [built.prompt] if isinstance(built.prompt, str) else list(built.prompt or ())
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise GenerateError(
-            f"{recipe.path}: the prompt is {'empty' if prompts else 'missing'}. There is nothing to answer. "
-            'Write prompt="your text" after the recipe.'
-        )
-    device = None if built.run.device is None else _device(built.run.device)
+    texts, given = _prompts(recipe, built)
+    with _placed(recipe, "run", "device"):
+        device = None if built.run.device is None else _device(built.run.device)
     dtype = None if built.run.dtype is None else getattr(torch, built.run.dtype)
     model: Any = built.model.build()
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise GenerateError("the model has no tokenizer. Prompts are text. Put tokenizer.json next to its weights.")
-    check(model.spec, built.decoder, built.cache)
+    if tokenizer is None and texts:
+        raise GenerateError(
+            "the model has no tokenizer, got a prompt of text. Its checkpoint lacks tokenizer.json, so text cannot be turned into ids. "
+            "Put tokenizer.json next to the weights, or write prompt_ids=[1,2,3] instead of prompt; the answer is then printed as ids."
+        )
+    encoded = [_encode(tokenizer, prompt, built.prompt_format) for prompt in texts] + given
+    with _placed(recipe, "prompt_ids"):
+        _check_ids(given, model.spec.vocab_size)
+    for key, cache in (("decoder", NoCache()), ("cache", built.cache)):
+        with _placed(recipe, key):
+            check(model.spec, built.decoder, cache)
     model = model.to(device=device, dtype=dtype)
-    encoded = [_encode(tokenizer, prompt, built.prompt_format) for prompt in prompts]
     answers: list[str] = []
     for start in range(0, len(encoded), built.run.batch_size):
         rows = encoded[start : start + built.run.batch_size]
@@ -108,14 +119,56 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
         for row, ids in enumerate(output.tokens):
             counted = answer_tokens(ids, model.spec.eos_ids)
             ended = ids[counted - 1] in model.spec.eos_ids
-            answers.append(tokenizer.decode(ids[: counted - ended], skip_special_tokens=True).strip())
+            answers.append(_answer(tokenizer, ids[: counted - ended]))
             print(answers[-1], flush=True)
             print(
-                f"[{counted} tokens in {output.stats.nfe[row]} forwards; {output.result[row].text}; "
+                f"[{plural(counted, 'token')} in {plural(output.stats.nfe[row], 'forward')}; {output.result[row].text}; "
                 f"the batch of {len(rows)} took {output.stats.seconds:.2f} s]",
                 file=sys.stderr,
             )
     return answers
+
+
+@contextlib.contextmanager
+def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
+    """Errors of the block get the file and the line of the recipe's value under `keys`."""
+    try:
+        yield
+    except ToolkitError as error:
+        raise GenerateError(recipe.at(keys, error)) from error
+
+
+def _prompts(recipe: Recipe, built: GenerateRecipe) -> tuple[list[str], list[list[int]]]:
+    """The prompts as texts, or else as lists of ids."""
+    texts = [built.prompt] if isinstance(built.prompt, str) else list(built.prompt or ())
+    given: list[list[int]] = []
+    for item in built.prompt_ids or ():
+        if isinstance(item, tuple):
+            given.append(list(item))
+        else:
+            given = given or [[]]
+            given[0].append(item)
+    prompts = [*texts, *given]
+    if not prompts or not all(prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts):
+        raise GenerateError(
+            f"{recipe.path}: the prompt is {'empty' if prompts else 'missing'}. There is nothing to answer. "
+            'Write prompt="your text" after the recipe, or prompt_ids=[1,2,3].'
+        )
+    return texts, given
+
+
+def _check_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for ids in prompts:
+        wrong = [one for one in ids if not 0 <= one < vocab_size]
+        if wrong:
+            raise GenerateError(
+                f"these must be ids of the model's vocabulary, got {wrong[0]}. It has {vocab_size} tokens. "
+                f"Write ids from 0 to {vocab_size - 1}."
+            )
+
+
+def _answer(tokenizer: Any, ids: list[int]) -> str:
+    return str(ids) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def _encode(tokenizer: Any, prompt: str, prompt_format: str | None) -> list[int]:
@@ -129,7 +182,7 @@ def _encode(tokenizer: Any, prompt: str, prompt_format: str | None) -> list[int]
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         print(
-            f"note: the model's vocabulary lacks {ids.count(tokenizer.unk_token_id)} words of the prompt; "
+            f"note: the model's vocabulary lacks {plural(ids.count(tokenizer.unk_token_id), 'word')} of the prompt; "
             "a tiny model knows only the words of its training task",
             file=sys.stderr,
         )
@@ -142,10 +195,10 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as problem:
-        raise GenerateError(f"run.device is no device, got {name!r}. Write cpu, cuda, cuda:1 or auto.") from problem
+        raise GenerateError(f"this is no device, got {name!r}. Write cpu, cuda, cuda:1 or auto.") from problem
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise GenerateError(
-            f"run.device is not on this machine, got {name!r}. CUDA devices: {torch.cuda.device_count()}. "
+            f"this device is not on this machine, got {name!r}. CUDA devices: {torch.cuda.device_count()}. "
             "Write run.device=auto or run.device=cpu."
         )
     return device
@@ -167,5 +220,6 @@ def _tracer(tokenizer: Any, first: int) -> Callable[[State], None]:
 
 
 def _canvas(tokenizer: Any, tokens: Sequence[int], masked: Sequence[bool]) -> str:
-    pieces = [" _" if hidden else tokenizer.decode([token]) for token, hidden in zip(tokens, masked, strict=True)]
+    shown = (lambda token: f" {token}") if tokenizer is None else (lambda token: tokenizer.decode([token]))
+    pieces = [" _" if hidden else shown(token) for token, hidden in zip(tokens, masked, strict=True)]
     return "".join(pieces).replace("\n", " ").strip()

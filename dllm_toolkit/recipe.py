@@ -77,6 +77,22 @@ class Recipe:
         """Construct the object that the recipe describes: `annotation`, usually a command's dataclass."""
         return build(self.node, annotation)
 
+    def at(self, keys: Sequence[str], message: object) -> str:
+        """`message` with the place of the value under `keys`: for what turns out wrong after the recipe itself was checked.
+
+        A value that was left to its default has no line; the nearest mapping around it that was written has one.
+        """
+        node, mark = self.node, Mark(str(self.path))
+        for key in keys:
+            if isinstance(node.value, list) and key.isdecimal() and int(key) < len(node.value):
+                child = node.value[int(key)]
+            else:
+                child = node.value.get(key) if isinstance(node.value, dict) else None
+            if child is None:
+                break
+            node, mark = child, child.mark
+        return ": ".join([str(mark), ".".join(keys), str(message)])
+
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, merge it over its `base`, apply overrides such as `decoder.threshold=0.8`.

@@ -16,6 +16,8 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import math
+import re
 import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -40,6 +42,8 @@ from dllm_toolkit.recipe_hints import (
     title_of,
 )
 from dllm_toolkit.yaml_marks import Node, dump, join, kind_of
+
+LARGEST = 2**63 - 1  # what a tensor of whole numbers holds
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ def _close(name: str, known: Iterable[str]) -> list[str]:
 
 def _check_scalar(node: Node, annotation: Any, path: str, errors: list[RecipeError]) -> Checked:
     value = node.value
+    if annotation is int and type(value) is int and not -LARGEST <= value <= LARGEST:
+        return _fail(errors, node, path, f"{str(value)[:20]}{'...' * (len(str(value)) > 20)} is too large for a whole number of 64 bits.")
+    if annotation is float and isinstance(value, float) and math.isnan(value):
+        return _fail(errors, node, path, f"expected {expects(annotation)}, got {value}, which compares with nothing.")
     if annotation in (bool, int, str, type(None)) and type(value) is annotation:
         return Checked(node, lambda: value)
     if annotation is float and type(value) in (int, float):
@@ -138,7 +146,7 @@ def _check_scalar(node: Node, annotation: Any, path: str, errors: list[RecipeErr
     elif annotation in (int, float) and isinstance(value, str):
         with_point = value.replace(",", ".").strip()
         number = _number(with_point, annotation)
-        write = None if number is None else _line(path, number)
+        write = None if number is None or number != number else _line(path, number)
     return _fail(errors, node, path, f"expected {expects(annotation)}, got {kind_of(value)}.", write)
 
 
@@ -320,8 +328,24 @@ def _located(problem: Exception, node: Node, path: str, given: Mapping[str, Node
     if type(problem) is TypeError:  # more likely a slip in the component's code than in the recipe
         frame = traceback.extract_tb(problem.__traceback__)[-1]
         message += f" (TypeError at {Path(frame.filename).name}:{frame.lineno})"
-    words = "".join(letter if letter.isalnum() or letter == "_" else " " for letter in message).split()
-    for word in words:
-        if word in given:
-            return RecipeError(given[word].mark, join(path, word), message)
+    for word in re.findall(r"[\w.+-]+", message):
+        place, found = _follow(word, given)
+        if found is not None:
+            return RecipeError(found.mark, join(path, place), message)
     return RecipeError(node.mark, path, message)
+
+
+def _follow(dotted: str, given: Mapping[str, Node]) -> tuple[str, Node | None]:
+    """The value that a dotted path names, as far down as the recipe goes; names may hold dots themselves."""
+    parts = dotted.strip(".").split(".")
+    for count in range(len(parts), 0, -1):
+        name, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        if name not in given:
+            continue
+        node = given[name]
+        if rest and isinstance(node.value, dict):
+            place, found = _follow(rest, node.value)
+            if found is not None:
+                return join(name, place), found
+        return name, node
+    return "", None

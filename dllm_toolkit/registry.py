@@ -195,7 +195,8 @@ def _resolve(kind: str, dotted: str) -> Any:
     top, module_name, attribute = parts[0], ".".join(parts[:-1]), parts[-1]
     if top in sys.stdlib_module_names:
         raise UnknownName(f"{dotted!r} is refused: the standard library holds no {kind}. {_usable(kind)}")
-    with local_files():
+    # What a module prints while it is imported is no result of ours: stdout ends in one line of JSON.
+    with local_files(), contextlib.redirect_stdout(sys.stderr):
         try:
             module = _import(top, module_name)
         except (Exception, SystemExit) as problem:  # a user's module may raise anything while it is imported

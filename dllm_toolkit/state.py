@@ -40,12 +40,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why."""
+    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why.
+
+    fill: positions of rows that go on which become end-of-text now, decided or not; the model sees them from the next step on.
+    """
 
     done: Rows
     end: Int[Tensor, "B"]
     result: Result
     carry: PyTree = ()
+    fill: Canvas | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,11 @@ class State:
     parts: Parts = field(default_factory=Parts)
 
     @property
+    def filled(self) -> Canvas:
+        """End-of-text that nobody committed: what a stop rule, or the end of a row, wrote behind its text."""
+        return ~self.masked & ~self.fixed & (self.born < 0)
+
+    @property
     def inside(self) -> Canvas:
         """Answer positions of every row, up to its present end."""
         return (self.positions >= self.begin.unsqueeze(1)) & (self.positions < self.end.unsqueeze(1))
@@ -170,7 +179,7 @@ class State:
     def finish(self, verdict: Verdict) -> State:
         """Rows that a stop rule has ended, in a step that counts for them. `advance` fills what is behind their end."""
         now = verdict.done & ~self.done
-        return replace(
+        after = replace(
             self,
             done=self.done | now,
             step=self.step + now.long(),  # `advance` counts the step of the rows that go on
@@ -178,19 +187,23 @@ class State:
             result=torch.where(now, int(verdict.result), self.result),
             parts=replace(self.parts, stop=verdict.carry),
         )
+        return after if verdict.fill is None else after._end_text(verdict.fill & ~after.done.unsqueeze(1))
 
     def fill(self) -> State:
         """Write end-of-text behind the end of finished rows. What a finished row left masked lies behind its end."""
         first_mask = torch.where(self.masked, self.positions, self.masked.shape[1]).amin(1)
         end = torch.where(self.done, torch.minimum(self.end, torch.maximum(first_mask, self.begin)), self.end)
-        behind = self.done.unsqueeze(1) & ~self.fixed & (self.positions >= end.unsqueeze(1))
+        behind = self.done.unsqueeze(1) & (self.positions >= end.unsqueeze(1))
+        return replace(self, end=end)._end_text(behind)
+
+    def _end_text(self, where: Canvas) -> State:
+        where = where & ~self.fixed
         filler = self.spec.eos_ids[0] if self.spec.eos_ids else self.spec.pad_id
         return replace(
             self,
-            end=end,
-            tokens=self.tokens.masked_fill(behind, filler),
-            masked=self.masked & ~behind,
-            born=self.born.masked_fill(behind, -1),
+            tokens=self.tokens.masked_fill(where, filler),
+            masked=self.masked & ~where,
+            born=self.born.masked_fill(where, -1),
         )
 
     def advance(self, schedule: PyTree, nothing_left: Rows) -> State:

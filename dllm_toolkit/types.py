@@ -25,6 +25,7 @@ PyTree = Any
 """The private state of one part: a tensor, or tuples / dataclasses of tensors."""
 
 Attention = Literal["full", "block_causal", "causal"]
+BlockAnchor = Literal["prompt", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class ModelSpec:
 
     `attention`: who may see whom: everybody (`full`), earlier and own blocks (`block_causal`), earlier positions
     (`causal`). `block_size`: the block length that a block-causal model was trained with, if any.
-    `shift`: 0 if the output at a position predicts that position (LLaDA), 1 if it predicts the next (Dream, AR).
+    `block_anchor`: whether blocks count from the prompt's end (LLaDA, D2F) or from position 0 (SDAR, Fast-dLLM v2), where the prompt's tail
+    shares a block with the first answer tokens. `shift`: 0 if the output at a position predicts that position (LLaDA), 1 if it predicts
+    the next (Dream, AR). `mask_id` may be `vocab_size` for a causal model, whose undecided positions are never computed.
     """
 
     vocab_size: int
@@ -48,6 +51,7 @@ class ModelSpec:
     max_positions: int
     attention: Attention = "full"
     block_size: int | None = None
+    block_anchor: BlockAnchor = "prompt"
     shift: Literal[0, 1] = 0
 
 
@@ -81,7 +85,7 @@ class Result(enum.IntEnum):
             Result.RUNNING: "still running",
             Result.FULL: "every position of the budget was decided",
             Result.END_OF_TEXT: "an end-of-text token was committed and nothing before it is masked",
-            Result.MAX_STEPS: "the step limit was reached; what was still masked was committed by force",
+            Result.MAX_STEPS: "the step limit was reached; the text ends before its first undecided position",
             Result.EARLY_COMMIT: "a stop rule was sure of the answer and committed the rest at once",
         }[self]
 

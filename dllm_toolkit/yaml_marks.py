@@ -106,7 +106,8 @@ def parse(text: str, mark: Mark) -> Node:
     try:
         tree = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as problem:
-        raise RecipeError(mark, "", f"character {problem.position} is not allowed in YAML. Remove it.") from None
+        where = mark if mark.overridden else replace(mark, line=text.count("\n", 0, problem.position) + 1)
+        raise RecipeError(where, "", f"the character {chr(problem.character)!r} is not allowed in YAML. Remove it.") from None
     except yaml.MarkedYAMLError as problem:
         at = problem.problem_mark or problem.context_mark
         where = replace(mark, line=at.line + 1) if at and not mark.overridden else mark

@@ -109,9 +109,12 @@ class Decoder(abc.ABC):
     def requirements(self) -> frozenset[Need]:
         """Everything this decoder, with its parts, asks of a model."""
         needs = set(self.needs)
-        for value in vars(self).values():
-            if isinstance(value, Part):
+        waiting = list(vars(self).values())
+        while waiting:  # rules may hold rules
+            value = waiting.pop()
+            if isinstance(value, Part | Decoder):
                 needs |= value.needs
+                waiting += vars(value).values()
         return frozenset(needs)
 
 

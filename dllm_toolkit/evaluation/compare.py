@@ -6,9 +6,10 @@ after the other in the order of the recipe, each with its own warm-up that no cl
 ledger ends when the same command is given again.
 """
 
+import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ class CompareRecipe:
         for name, configuration in self.configurations.items():
             # The name becomes a folder of the TensorBoard log.
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-                raise CompareError(f"a configuration's name is letters, digits and _ . + -, got {name!r}. Write one without the rest.")
+                raise CompareError(f"configurations: a name is letters, digits and _ . + -, got {name!r}. Write one without the rest.")
             if name == "comparison":
-                raise CompareError("a configuration cannot be called 'comparison'. TensorBoard's overview has that name. Write another.")
+                raise CompareError("configurations.comparison: this name is taken. TensorBoard's overview has it. Write another.")
             if configuration.model not in self.models:
                 raise CompareError(
                     f"configurations.{name}.model names no model, got {configuration.model!r}. Write one of {sorted(self.models)}."
@@ -86,13 +87,14 @@ def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
 
     Errors: ToolkitError before the first forward; nothing is written then.
     """
-    device = find_device(built.run.device)
+    with _placed(recipe, "run", "device"):
+        device = find_device(built.run.device)
     threads = torch.get_num_threads()
     try:
         if built.run.threads is not None:
             torch.set_num_threads(built.run.threads)
         problems = _problems(built.task)
-        rows = _rows(built, problems)
+        rows = _rows(recipe, built, problems)
         header = _header(recipe, built, rows, device)
         path = built.output / "ledger.jsonl"
         with ledger.open_ledger(path, header) as book:
@@ -120,7 +122,16 @@ def _problems(task: Task) -> tuple[Problem, ...]:
     return problems
 
 
-def _rows(built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
+@contextlib.contextmanager
+def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
+    """Errors of the block get the file and the line of the recipe's value under `keys`."""
+    try:
+        yield
+    except ToolkitError as error:
+        raise CompareError(recipe.at(keys, error)) from error
+
+
+def _rows(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
     """Load every model that a row uses, once, on the CPU, and check every row before any forward."""
     models: dict[object, Any] = {}
     encoded: dict[object, tuple[tuple[int, ...], ...]] = {}
@@ -129,11 +140,11 @@ def _rows(built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
         key = built.models[configuration.model]  # equal recipes are one model
         if key not in models:
             models[key] = key.build()
-            encoded[key] = _encode(models[key], configuration.model, problems, built.run.max_new_tokens)
-        try:
-            check(models[key].spec, configuration.decoder, configuration.cache)
-        except ToolkitError as error:
-            raise CompareError(f"configurations.{name}: {error}") from error
+            with _placed(recipe, "run", "max_new_tokens"):
+                encoded[key] = _encode(models[key], configuration.model, problems, built.run.max_new_tokens)
+        for keys, cache in ((("decoder",), NoCache()), (("cache",), configuration.cache)):
+            with _placed(recipe, "configurations", name, *keys):
+                check(models[key].spec, configuration.decoder, cache)
         rows.append(Row(name, models[key], configuration.decoder, configuration.cache, encoded[key]))
     return rows
 

@@ -205,9 +205,10 @@ class Ledger:
 
     def append(self, batch: Sequence[Record]) -> None:
         lines = b"".join(_line("record", asdict(record)) for record in batch)
-        self.stream.write(lines)
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        with _written(self.path):
+            self.stream.write(lines)
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
 
 
 @contextlib.contextmanager
@@ -223,13 +224,18 @@ def open_ledger(path: Path, header: Header) -> Iterator[Ledger]:
     if not path.exists():
         # Written aside and renamed: a ledger with half a header never exists, however early the kill.
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-        with fresh.open("wb") as stream:
-            stream.write(_line("header", asdict(header)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(fresh, path)
+        try:
+            with _written(path), fresh.open("wb") as stream:
+                stream.write(_line("header", asdict(header)))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
     with path.open("r+b") as stream:
         _lock(stream, path)
+        if os.fstat(stream.fileno()).st_ino != path.stat().st_ino:  # a run that started in the same moment renamed its file over ours
+            raise _busy(path)
         old, records, end = _scan(path)
         _require_same(path, old, header)
         if end < path.stat().st_size:
@@ -344,7 +350,22 @@ def _lock(stream: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise LedgerError(f"{path} is being written by another run. Wait for it, or write output=... for this one.") from error
+        raise _busy(path) from error
+
+
+def _busy(path: Path) -> LedgerError:
+    return LedgerError(f"{path} is being written by another run. Wait for it, or write output=... for this one.")
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """A full disk is the user's to solve: whole batches that are already there stay, and the same command continues."""
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"cannot write {path} ({error.strerror or error}). What it held is kept. Make room, or write output=... for another place."
+        ) from error
 
 
 def _ratio(numerator: float | int, denominator: float | int) -> float:

@@ -22,6 +22,8 @@ from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Ledger, Record
 from dllm_toolkit.evaluation.tasks import Problem, Task
 
+MOST_THREADS = 1024  # more than any machine has cores; torch fails without a word far beyond it
+
 
 class CompareError(ToolkitError):
     """A comparison that cannot be run as its recipe says."""
@@ -56,6 +58,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CompareError(f"{name} must be at least {least}, got {value}. Write {name}: {least} or more.")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise CompareError(f"threads must be at most {MOST_THREADS}, got {self.threads}. Write threads: 1, or null for torch's choice.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise CompareError(f"run.device is no device, got {name!r}. Write device: cpu, cuda, cuda:1 or auto.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CompareError(f"run.device is no device that decoding was tried on, got {name!r}. Write device: cpu, cuda, cuda:1 or auto.")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CompareError(
             f"run.device is not on this machine, got {name!r}: {torch.cuda.device_count()} CUDA devices here. Write device: auto or cpu."

@@ -10,7 +10,7 @@ from html import escape
 from math import log10
 
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
-from dllm_toolkit.evaluation.pictures import pareto_front
+from dllm_toolkit.evaluation.pictures import machine, pareto_front, plural, spread
 from dllm_toolkit.evaluation.tensorboard import by_problem
 
 _COLOURS = 7
@@ -31,9 +31,10 @@ th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;whit
 th:first-child,td:first-child{text-align:left}td.best{font-weight:700}small{color:var(--soft)}
 .dot{display:inline-block;width:20px;height:20px;border-radius:50%;margin-right:8px;color:var(--n);text-align:center;font:700 11px/20px system-ui,sans-serif}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
-.card h3{font-size:.92rem;margin:0 0 6px}.ok{color:var(--ok)}.bad{color:var(--bad)}.answer,pre{white-space:pre-wrap;overflow-wrap:anywhere;
+.card h3{font-size:.92rem;margin:0 0 8px}.card h3 small{display:block;font-weight:400;margin:3px 0 0 28px}.ok{color:var(--ok)}.bad{color:var(--bad)}.answer,pre{white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0}.answer span{border-radius:3px;padding:1px 0}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg .n{fill:var(--n);font-weight:700;font-size:11px}
+svg{width:100%;height:auto;display:block}svg path{shape-rendering:crispEdges}svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg .n{fill:var(--n);font-weight:700;font-size:11px}
+.key{display:inline-block;width:14px;height:14px;border-radius:3px;vertical-align:-2px}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft)}
 """
     + "".join(f".b{i}{{background:var(--c{i})}}.f{i}{{fill:var(--c{i});stroke:var(--c{i})}}" for i in range(_COLOURS))
@@ -70,20 +71,23 @@ def page(header: Header, records: Sequence[Record], summaries: Sequence[Summary]
     numbers = {summary.name: index for index, summary in enumerate(summaries)}
     shown = sorted(by_problem(records), key=lambda group: len({record.correct for record in group}) == 1)[:problems]
     recipe = escape(json.dumps(header.recipe, indent=2, ensure_ascii=False, default=str))
-    made = ", ".join(f"{key} {value}" for key, value in {**header.made_on, **header.versions}.items())
+    made = ", ".join(f"{key} {value}" for key, value in header.versions.items())
+    problems_each = plural(max((s.problems for s in summaries), default=0), "problem")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>dllm_toolkit comparison</title><style>{_STYLE}</style></head><body>
-<h1>Comparison of {len(summaries)} decoding configurations</h1>
-<p class="meta">{max((s.problems for s in summaries), default=0)} problems each, batch {header.batch_size}. {escape(made)}.
+<h1>Comparison of {plural(len(summaries), "decoding configuration")}</h1>
+<p class="meta">{problems_each} each, batch {header.batch_size}, {escape(machine(header))}. {escape(made)}.
 Recipe {escape(header.recipe_hash)}, {escape(header.date)}{escape(f", commit {header.commit}" if header.commit else "")}.</p>
 <div class="wide">{_table(summaries)}</div>
-<h2>Accuracy against speed</h2><p>Up and to the right is better. Bars are 95 % intervals; the dashed line joins the configurations that no other beats in both.</p>
+<h2>Accuracy against speed</h2><p>Up and to the right is better. Bars are 95 % intervals; the dashed line joins the configurations that no other beats in both.
+The small dots are the exact places; a number that would cover another is moved up or down.</p>
 <div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(420px,1fr))">
 <div class="card">{_pareto(summaries, [s.tokens_per_second for s in summaries], "tokens per second (log scale)", logarithmic=True)}</div>
 <div class="card">{_pareto(summaries, [s.tokens_per_forward for s in summaries], "tokens per forward", logarithmic=False)}</div></div>
 <h2>In which order were the tokens decided?</h2>
-<p>Across: position in the answer. Down: step. Dark: decided in this step; light: decided before; empty: still masked. Each picture has its own scale of steps.</p>
+<p>Across: position in the answer. Down: step. <i class="key" style="background:var(--now)"></i> decided in this step;
+<i class="key" style="background:var(--decided)"></i> decided before; empty: still masked. Each picture has its own scale of steps.</p>
 <div class="grid">{"".join(_order_card(record, numbers) for record in (shown[0] if shown else []))}</div>
 <h2>Answers side by side</h2><p>Colours run from the first tokens decided
 ({"".join(f'<span class="s{i}">&nbsp;&nbsp;&nbsp;</span>' for i in range(_STEPS))}) to the last, each answer on its own scale.</p>
@@ -98,7 +102,8 @@ def _table(summaries: Sequence[Summary]) -> str:
     best = {}
     for title, value, _, more in COLUMNS:
         present = [v for s in summaries if (v := value(s)) is not None]
-        best[title] = (max if more else min)(present) if present else None
+        # Where all are equal there is no best.
+        best[title] = (max if more else min)(present) if len(set(present)) > 1 else None
     rows = []
     for index, summary in enumerate(summaries):
         cells = [f"<td>{_dot(index)}{escape(summary.name)}</td>"]
@@ -117,7 +122,7 @@ def _dot(index: int) -> str:
 
 
 def _pareto(summaries: Sequence[Summary], x: Sequence[float], label: str, *, logarithmic: bool) -> str:
-    width, height, left, right, top, bottom = 520, 320, 48, 22, 16, 46
+    width, height, left, right, top, bottom = 520, 320, 48, 22, 20, 46
     if not summaries or (logarithmic and min(x) <= 0):
         return f"<p>No {escape(label)} to draw.</p>"
     scaled = [log10(v) for v in x] if logarithmic else list(x)
@@ -144,17 +149,24 @@ def _pareto(summaries: Sequence[Summary], x: Sequence[float], label: str, *, log
     front = [place(scaled[i], summaries[i].accuracy) for i in pareto_front([(x[i], s.accuracy) for i, s in enumerate(summaries)])]
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="var(--soft)" stroke-dasharray="5 4"/>')
+    lines, dots, parts = parts, [], []  # drawn in this order: no dot hides a number
+    places = [place(scaled[index], summary.accuracy) for index, summary in enumerate(summaries)]
+    badges = spread([(a, -b) for a, b in places], 22, bottom - height + 11, -6)  # heights, which grow upwards
     for index, summary in enumerate(summaries):
-        across, y = place(scaled[index], summary.accuracy)
+        across, y = places[index]
+        badge = -badges[index]
         _, upper = place(0, summary.accuracy_high)
         _, lower = place(0, summary.accuracy_low)
         title = escape(f"{summary.name}: {_percent(summary.accuracy)}, {x[index]:,.2f} {label}")
-        parts.append(
+        dots.append(
             f'<g class="f{index % _COLOURS}"><title>{title}</title><line x1="{across:.1f}" x2="{across:.1f}" y1="{upper:.1f}" y2="{lower:.1f}" '
-            f'opacity=".5"/><circle cx="{across:.1f}" cy="{y:.1f}" r="10" fill-opacity=".92"/></g>'
-            f'<text class="n" x="{across:.1f}" y="{y + 4:.1f}" text-anchor="middle">{index + 1}</text>'
+            f'stroke-width="2" opacity=".55"/><circle cx="{across:.1f}" cy="{y:.1f}" r="4"/></g>'
         )
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy against {escape(label)}">{"".join(parts)}</svg>'
+        parts.append(
+            f'<g class="f{index % _COLOURS}"><title>{title}</title><circle cx="{across:.1f}" cy="{badge:.1f}" r="10"/></g>'
+            f'<text class="n" x="{across:.1f}" y="{badge + 4:.1f}" text-anchor="middle">{index + 1}</text>'
+        )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy against {escape(label)}">{"".join(lines + dots + parts)}</svg>'
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -175,20 +187,30 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
+def _runs(born: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first position, length, step) of neighbours that were decided in one step; what was never decided is left out."""
+    runs: list[tuple[int, int, int]] = []
+    for index, step in enumerate(born):
+        if runs and runs[-1][2] == step:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, step)
+        else:
+            runs.append((index, 1, step))
+    return [run for run in runs if run[2] >= 0]
+
+
 def _order_card(record: Record, numbers: dict[str, int]) -> str:
     born = record.born[: record.tokens]
     steps, count = max(born, default=0) + 1, max(1, len(born))
     width, height, left, bottom = 330.0, 150.0, 30.0, 18.0
     cell, high = (width - left) / count, (height - bottom) / steps
     parts = [f'<rect x="{left}" y="0" width="{width - left}" height="{height - bottom}" fill="var(--page)"/>']
-    for index, step in enumerate(born):
-        if step < 0:
-            continue
-        across = left + index * cell
-        parts.append(
-            f'<rect x="{across:.2f}" y="{step * high:.2f}" width="{cell:.2f}" height="{height - bottom - step * high:.2f}" fill="var(--decided)"/>'
-        )
-        parts.append(f'<rect x="{across:.2f}" y="{step * high:.2f}" width="{cell:.2f}" height="{max(high, 1.5):.2f}" fill="var(--now)"/>')
+    # One path a shade: separate rectangles would show seams.
+    decided, now = [], []
+    for first, length, step in _runs(born):
+        start, stop = f"{left + first * cell:.2f}", f"{left + (first + length) * cell:.2f}"
+        decided.append(f"M{start} {step * high:.2f}H{stop}V{height - bottom}H{start}z")
+        now.append(f"M{start} {step * high:.2f}H{stop}v{max(high, 1.5):.2f}H{start}z")
+    parts.append(f'<path d="{"".join(decided)}" fill="var(--decided)"/><path d="{"".join(now)}" fill="var(--now)"/>')
     parts.append(
         f'<text x="{left - 5}" y="11" text-anchor="end">1</text><text x="{left - 5}" y="{height - bottom:.0f}" text-anchor="end">{steps}</text>'
     )
@@ -197,8 +219,8 @@ def _order_card(record: Record, numbers: dict[str, int]) -> str:
     )
     label = escape(f"commit order of {record.configuration}")
     return (
-        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} <small>{record.tokens} tokens, '
-        f"{record.nfe} forwards, {record.steps} steps</small></h3>"
+        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} <small>'
+        f"{plural(record.tokens, 'token')}, {plural(record.nfe, 'forward')}, {plural(record.steps, 'step')}</small></h3>"
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg></div>'
     )
 
@@ -222,6 +244,7 @@ def _answer(record: Record, numbers: dict[str, int]) -> str:
         spans.append(f'<span class="s{shade}" title="{title}">{escape(piece)}</span>')
     verdict = '<span class="ok">✓ right</span>' if record.correct else '<span class="bad">✗ wrong</span>'
     return (
-        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} {verdict} <small>{record.tokens} tokens, '
-        f'{record.nfe} forwards, {1000 * record.seconds:.0f} ms</small></h3><div class="answer">{"".join(spans)}</div></div>'
+        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} {verdict} <small>'
+        f"{plural(record.tokens, 'token')}, {plural(record.nfe, 'forward')}, {1000 * record.seconds:.0f} ms</small></h3>"
+        f'<div class="answer">{"".join(spans)}</div></div>'
     )

@@ -16,10 +16,24 @@ from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5F5F5F")
 LIGHT = frozenset({"#56B4E9", "#E69F00"})  # too light for white print
 DECIDED, NOW, FINISHED, INK, FAINT = "#b9d6ea", "#0b4f7d", "#eef3f7", "#1b1f24", "#6d7680"
+
+
+def plural(count: int, word: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def machine(header: Header) -> str:
+    """What a ledger was measured on, for a line of text."""
+    made_on = header.made_on
+    threads = made_on.get("threads")
+    parts = [made_on.get("device"), plural(threads, "thread") if isinstance(threads, int) else None, made_on.get("dtype")]
+    return ", ".join(str(part) for part in parts if part is not None)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -45,19 +59,18 @@ def pareto_figure(summaries: Sequence[Summary]) -> Figure:
         left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         left.xaxis.set_minor_locator(NullLocator())
+    else:
+        left.set_xlim(left=0)
+    right.set_xlim(left=0)
     left.set_ylim(top=102)
+    left.set_yticks([tick for tick in left.get_yticks() if left.get_ylim()[0] <= tick <= 100])
     left.set_ylabel("accuracy, %")
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="lower center",
-        ncols=min(4, len(names)),
-        frameon=False,
-        fontsize=9,
-        labelspacing=0.9,
-    )
+    handles = [_handle(index) for index in range(len(summaries))]
+    names = [f"{index + 1}  {summary.name}" for index, summary in enumerate(summaries)]
+    figure.legend(handles, names, loc="lower center", ncols=min(4, max(1, len(names))), frameon=False, fontsize=9, labelspacing=0.9)
     figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(names) - 1) // 4), 1, 1))
+    _badges(left, summaries, [s.tokens_per_second for s in summaries])
+    _badges(right, summaries, [s.tokens_per_forward for s in summaries])
     return figure
 
 
@@ -77,22 +90,58 @@ def _pareto_axes(axes: Axes, summaries: Sequence[Summary], x: Sequence[float], l
             [x[index]] * 2,
             [100 * summary.accuracy_low, 100 * summary.accuracy_high],
             color=colour,
-            lw=1.2,
-            alpha=0.5,
+            lw=1.6,
+            alpha=0.6,
         )
-        axes.scatter([x[index]], [y], s=190, color=colour, zorder=3, label=f"{index + 1}  {summary.name}")
+        axes.scatter([x[index]], [y], s=42, color=colour, zorder=3)
+    axes.set_xlabel(label)
+    axes.margins(x=0.08)
+    _tidy(axes)
+
+
+def _badges(axes: Axes, summaries: Sequence[Summary], x: Sequence[float]) -> None:
+    """The number of each configuration on its point, or beside it where numbers would cover each other. Limits must be final."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    unit = figure.dpi / 72  # pixels a point
+    places = axes.transData.transform([(x[i], 100 * s.accuracy) for i, s in enumerate(summaries)]) / unit
+    edges = axes.get_window_extent()
+    for index, high in enumerate(spread([(a, b) for a, b in places], 18, edges.y0 / unit + 9, edges.y1 / unit + 9)):
+        colour = PALETTE[index % len(PALETTE)]
         axes.annotate(
             str(index + 1),
-            (x[index], y),
+            (x[index], 100 * summaries[index].accuracy),
+            xytext=(0, high - places[index][1]),
+            textcoords="offset points",
             ha="center",
             va="center",
             color=INK if colour in LIGHT else "white",
             fontsize=8,
             fontweight="bold",
+            bbox={"boxstyle": "circle,pad=0.4", "facecolor": colour, "edgecolor": "white", "linewidth": 0.8},
             zorder=4,
         )
-    axes.set_xlabel(label)
-    _tidy(axes)
+
+
+def spread(places: Sequence[tuple[float, float]], gap: float, low: float, high: float) -> list[float]:
+    """Heights for round labels of diameter `gap` at `places`, so that none covers another: the own height if it is free, else the
+    nearest free one within low..high."""
+    placed: list[tuple[float, float]] = []
+    for across, own in places:
+        tries = [own + sign * gap * move / 2 for move in range(2 * len(places) + 1) for sign in (1, -1)]
+        free = (
+            y
+            for y in tries
+            if (low <= y <= high or y == own) and all((across - a) ** 2 + (y - b) ** 2 >= (gap - 1e-6) ** 2 for a, b in placed)
+        )
+        placed.append((across, next(free, own)))
+    return [y for _, y in placed]
+
+
+def _handle(index: int) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], marker="o", markersize=11, linestyle="", color=PALETTE[index % len(PALETTE)])
 
 
 def order_figure(records: Sequence[Record]) -> Figure:
@@ -133,12 +182,13 @@ def draw_order(axes: Axes, record: Record, steps: int | None = None) -> None:
         vmin=0,
         vmax=3,
         origin="upper",
+        extent=(-0.5, len(born) - 0.5, height + 0.5, 0.5),  # steps count from 1, as in the text beside it
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.tick_params(colors=INK, labelsize=8, length=3)
 
 
@@ -172,18 +222,17 @@ def readme_figure(
         draw_order(axes, record, steps)
         finish = max(record.born[: record.tokens]) + 1
         if finish < 0.75 * steps:
-            middle = ((record.tokens - 1) / 2, (finish + steps - 1) / 2)
+            middle = ((record.tokens - 1) / 2, (finish + steps + 1) / 2)
             axes.annotate("finished", middle, ha="center", va="center", fontsize=9.5, color=FAINT)
         name = rename.get(record.configuration, record.configuration)
         axes.set_title(f"{name}: {record.tokens} tokens in {record.nfe} forwards", fontsize=10.5, loc="left", color=INK)
         axes.set_ylabel("step", fontsize=9.5)
         if row == len(order) - 1:
             axes.set_xlabel("position in the answer\n(dark: decided in this step, light: before it)", fontsize=9.5)
-    where = f"{header.made_on.get('device', '')}, {header.made_on.get('dtype', '')}, batch {header.batch_size}"
     figure.text(
         0.995,
         0.012,
-        f"{len(records) // max(1, len(summaries))} held-out problems. {where}",
+        f"{plural(len(records) // max(1, len(summaries)), 'problem')}, batch {header.batch_size}, {machine(header)}",
         ha="right",
         fontsize=8,
         color=FAINT,
@@ -198,9 +247,9 @@ def _bars(axes: Axes, rows: Sequence[Summary], rename: dict[str, str]) -> None:
     best = max(rates)
     axes.barh(range(len(rows)), rates, color=[NOW if rate == best else "#9fb8c9" for rate in rates], height=0.62)
     for index, row in enumerate(rows):
-        inside = rates[index] > 0.66 * best
+        inside = rates[index] > 0.55 * best  # a label fits on one side of 0.4 to 0.6 of the longest bar
         axes.annotate(
-            f"{rates[index]:,.0f}  ·  {100 * row.accuracy:.0f} % right  ·  {row.tokens_per_forward:.1f} tokens/forward",
+            f"{rates[index]:,.0f} tokens/s\n{100 * row.accuracy:.0f} % right, {row.tokens_per_forward:.1f} tokens/forward",
             (rates[index], index),
             xytext=(-6 if inside else 6, 0),
             textcoords="offset points",

@@ -16,6 +16,7 @@ from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 from dllm_toolkit.evaluation.page import COLUMNS, page
+from dllm_toolkit.evaluation.pictures import machine, plural
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ def print_table(header: Header, summaries: Sequence[Summary], stream: IO[str] | 
     if not console.is_terminal:
         console = Console(file=stream or sys.stdout, width=100)
     count = max((summary.problems for summary in summaries), default=0)
-    where = f"{header.made_on.get('device')}, {header.made_on.get('threads')} threads, {header.made_on.get('dtype')}"
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{count} problems, batch {header.batch_size}, {where}",
+        title=f"{plural(count, 'problem')}, batch {header.batch_size}, {machine(header)}",
         title_justify="left",
         title_style="dim",
         padding=(0, 1, 0, 0),

@@ -1,10 +1,11 @@
 """A ledger as TensorBoard event files: a run a configuration (scalars, hparams, curves) and one run for the comparison (pictures, text).
 
-`tokens decided` is a curve over forwards, so that the shape of a decode, not only its total, can be compared.
+`decided` is a curve over forwards, so that the shape of a decode, not only its total, can be compared.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
@@ -36,19 +37,22 @@ def write_tensorboard(directory: Path, header: Header, records: Sequence[Record]
     for stale in sorted(directory.glob("*/events.out.tfevents.*")):
         stale.unlink()
     configurations = header.recipe.get("configurations", {})
+    settings = {summary.name: hyperparameters(configurations.get(summary.name, {})) for summary in summaries}
+    # TensorBoard shows the columns that the first run declares, so each declares the settings of all.
+    columns = {key: value for own in settings.values() for key, value in own.items()}
     for summary in summaries:
         with SummaryWriter(str(directory / summary.name)) as writer:
             metrics = {name: value for name in _SCALARS if (value := getattr(summary, name)) is not None}
             for name, value in metrics.items():
                 writer.add_scalar(f"comparison/{name}", value)
             # `add_hparams` would open a sub-run of its own; the three summaries behind it belong into this run.
-            settings = hyperparameters(configurations.get(summary.name, {}))
+            numbers = {f"comparison/{name}": value for name, value in metrics.items()}
             assert writer.file_writer is not None
-            for piece in hparams(settings, {f"comparison/{name}": value for name, value in metrics.items()}):
+            for piece in (hparams(columns, numbers)[0], *hparams(settings[summary.name], numbers)[1:]):
                 writer.file_writer.add_summary(piece)
             rows = [record for record in records if record.configuration == summary.name]
             for step, decided in enumerate(decided_curve(rows)):
-                writer.add_scalar("tokens decided/share of the answer after this many steps", decided, step)
+                writer.add_scalar("decided/share of the answer after this many steps", decided, step)
     with SummaryWriter(str(directory / "comparison")) as writer:
         writer.add_figure("pareto", pareto_figure(summaries))
         for record_group in by_problem(records)[:3]:
@@ -93,7 +97,9 @@ def by_problem(records: Sequence[Record]) -> list[list[Record]]:
 
 def _text(group: Sequence[Record]) -> str:
     def quote(text: str) -> str:
-        return "\n".join(f"    {line}" for line in text.splitlines() or [""])  # an indented block: shown as it is, never as markup
+        # An indented block is shown as it is, never as markup, and is not wrapped.
+        lines = [part for line in text.splitlines() for part in wrap(line.strip(), 100) or [""]]
+        return "\n".join(f"    {line}" for line in lines or [""])
 
     parts = [f"**problem**\n\n{quote(group[0].prompt)}", f"**reference**\n\n{quote(group[0].reference)}"]
     for record in group:

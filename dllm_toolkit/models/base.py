@@ -20,7 +20,8 @@ class Query(NamedTuple):
     """One forward. With no K/V buffer the keys are the lanes themselves: `slots` is None and S == W.
 
     `read` names slots, not lanes: a shift-1 model reads position i from the row of position i - 1, which may have been
-    computed in an earlier forward and is then remembered by the buffer. None reads every lane.
+    computed in an earlier forward and is then remembered by the buffer. None reads every lane. `prompt` marks the lanes that
+    hold the prompt, for models that treat it apart (guidance); most ignore it.
     """
 
     tokens: Int[Tensor, "B W"]
@@ -28,6 +29,7 @@ class Query(NamedTuple):
     slots: Int[Tensor, "B W"] | None = None
     allow: Bool[Tensor, "B W S"] | None = None
     read: Int[Tensor, "B R"] | None = None
+    prompt: Bool[Tensor, "B W"] | None = None
 
 
 @runtime_checkable

@@ -7,8 +7,8 @@ data in `TransformerConfig`. Numerics follow the originals: RMS statistics and r
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +22,12 @@ from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.registry import register
-from dllm_toolkit.types import Attention, ModelSpec
+from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from dllm_toolkit.models.save import Origin
 
 
 class ModelError(ToolkitError):
@@ -33,8 +35,30 @@ class ModelError(ToolkitError):
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretched rotary embedding: slow frequencies are divided by `factor`, fast ones kept, those between blended.
+
+    A frequency is slow when its wavelength is above original_positions / low, fast when below original_positions / high.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_positions: int
+
+    def __call__(self, frequency: Tensor) -> Tensor:
+        turns = self.original_positions * frequency / (2 * math.pi)  # whole turns within the original length
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / self.factor
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches of a Transformer. Lengths in tokens, widths in features."""
+    """Sizes and switches of a Transformer. Lengths in tokens, widths in features.
+
+    qk_norm: RMSNorm on every query and key head before the rotation (Qwen3). mask_id: a row of the vocabulary; a causal model without a
+    mask token has mask_id == vocab_size, which no decoder can propose and which takes no word from the vocabulary.
+    """
 
     vocab_size: int
     width: int
@@ -48,11 +72,14 @@ class TransformerConfig:
     head_dim: int | None = None
     max_positions: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     attention: Attention = "full"
     block_size: int | None = None
+    block_anchor: BlockAnchor = "prompt"
     shift: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
@@ -71,9 +98,11 @@ class TransformerConfig:
             raise ModelError(f"head_dim must be even, got {self.head_dim}. Rotary embeddings turn pairs. Write head_dim: 32.")
         for name in ("mask_id", "pad_id"):
             value = getattr(self, name)
-            if not 0 <= value < self.vocab_size:
+            maskless = name == "mask_id" and self.attention == "causal" and value == self.vocab_size
+            if not (0 <= value < self.vocab_size or maskless):
                 raise ModelError(
-                    f"{name} must be a row of the vocabulary, got {value} with vocab_size={self.vocab_size}. Write an id below it."
+                    f"{name} must be a row of the vocabulary, got {value} with vocab_size={self.vocab_size}. Only a causal model does "
+                    f"without a mask token. Write {name}: with an id below {self.vocab_size}."
                 )
 
     @property
@@ -92,6 +121,7 @@ class TransformerConfig:
             max_positions=self.max_positions,
             attention=self.attention,
             block_size=self.block_size,
+            block_anchor=self.block_anchor,
             shift=self.shift,
         )
 
@@ -133,6 +163,8 @@ class Layer(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.mlp_norm = RMSNorm(width, config.norm_eps)
         self.gate_proj = nn.Linear(width, config.mlp_width, bias=False)
         self.up_proj = nn.Linear(width, config.mlp_width, bias=False)
@@ -150,8 +182,8 @@ class Layer(nn.Module):
     ) -> Float[Tensor, "B W width"]:
         rows, lanes, _ = x.shape
         normed = self.attention_norm(x)
-        q = rotate(self.q_proj(normed).view(rows, lanes, self.heads, self.head_dim), cos, sin)
-        k = rotate(self.k_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim), cos, sin)
+        q = rotate(self.q_norm(self.q_proj(normed).view(rows, lanes, self.heads, self.head_dim)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim)), cos, sin)
         v = self.v_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim)
         if kv is not None:
             assert index is not None
@@ -180,6 +212,7 @@ class Transformer(nn.Module):
         assert config.head_dim is not None
         self.config = config
         self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.origin: Origin | None = None  # the checkpoint it came from, for saving under the original names
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -190,15 +223,20 @@ class Transformer(nn.Module):
         self.apply(self._initialise)
 
     def _rotary_tables(self, dtype: torch.dtype) -> None:
-        config = self.config
+        config, device = self.config, self.embed.weight.device
         assert config.head_dim is not None
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype)
-        frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
-        angle = torch.outer(torch.arange(config.max_positions, dtype=dtype), frequency)
-        angle = torch.cat((angle, angle), dim=-1)  # [max_positions, D]
-        device = self.embed.weight.device
-        self.register_buffer("cos", angle.cos().to(device), persistent=False)
-        self.register_buffer("sin", angle.sin().to(device), persistent=False)
+        if device.type == "meta":
+            cos, sin = (torch.empty(config.max_positions, config.head_dim, dtype=dtype, device=device) for _ in range(2))
+        else:  # on the CPU, so that every device rotates by the same angles
+            steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype)
+            frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
+            if config.rope_scaling is not None:
+                frequency = config.rope_scaling(frequency)
+            angle = torch.outer(torch.arange(config.max_positions, dtype=dtype), frequency)
+            angle = torch.cat((angle, angle), dim=-1)  # [max_positions, D]
+            cos, sin = angle.cos().to(device), angle.sin().to(device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -209,17 +247,30 @@ class Transformer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         """Move and cast as usual, but keep the rotary tables at float32 or wider: bf16 angles are wrong by whole radians."""
         before = self.cos.dtype
+        if self.config.tie_embeddings:  # one parameter under two names: move it once, and leave the meta device as one
+            self.lm_head._parameters["weight"] = None
         super()._apply(fn, recurse)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
         # A cast up from float32 would keep float32's angles, so every change of precision computes them anew.
         if not before == self.cos.dtype == self._rotary_dtype and self.cos.device.type != "meta":
             self.rebuild_rotary_tables()
-        if self.config.tie_embeddings:  # leaving the meta device makes two parameters of one
-            self.lm_head.weight = self.embed.weight
         return self
 
     @property
     def _rotary_dtype(self) -> torch.dtype:
         return torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
+
+    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+        """Leave the meta device: parameters on `device`, not yet filled, each allocated once and in its final dtype. Changes in place."""
+        made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                setattr(module, name, made[parameter])
+        self.rebuild_rotary_tables()
+        return self
 
     def rebuild_rotary_tables(self) -> None:
         """Compute the rotary tables anew on the weights' device; needed after `to_empty`, which leaves buffers undefined."""
@@ -259,7 +310,10 @@ class Transformer(nn.Module):
 
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
         """Logits of the read slots. Writes the lanes' keys and values into `kv` when one is given."""
-        x = self.embed(query.tokens)  # [B, W, width]
+        tokens, config = query.tokens, self.config
+        if config.mask_id == config.vocab_size:  # an undecided lane of a causal model: it has no embedding, and nobody looks at it
+            tokens = tokens.masked_fill(tokens == config.mask_id, config.pad_id)
+        x = self.embed(tokens)  # [B, W, width]
         cos, sin = self.cos[query.positions].unsqueeze(2), self.sin[query.positions].unsqueeze(2)  # [B, W, 1, D]
         index = None if kv is None or query.slots is None else kv.flat(query.slots)
         allow = None if query.allow is None else query.allow.unsqueeze(1)  # [B, 1, W, S]
@@ -299,20 +353,21 @@ class Transformer(nn.Module):
         raw = self(Query(tokens, positions, None, allow, None))
         return torch.cat((raw[:, :1], raw[:, :-1]), dim=1) if self.config.shift else raw
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json, model.safetensors and the tokenizer's files; the directory loads back with `models.load`."""
-        from safetensors.torch import save_file
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        names: Literal["native", "original"] = "native",
+        shard_bytes: int = 4 << 30,
+    ) -> None:
+        """Write config.json, the weights and the tokenizer's files; the directory loads back with `models.load`.
 
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().to("cpu", dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
-        if self.config.tie_embeddings:
-            del tensors["lm_head.weight"]
-        save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
-        config = {"model_type": "dllm_toolkit", "architectures": ["Transformer"], **asdict(self.config)}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(directory))
+        names `original`: tensor names and config.json of the checkpoint that the model was loaded from, for other tools. Weights beyond
+        `shard_bytes` are split into shards with an index; host memory holds one shard at a time. Raises ModelError.
+        """
+        from dllm_toolkit.models.save import save
+
+        save(self, Path(directory), dtype, names, shard_bytes)
 
 
 @register("model", "transformer")

@@ -16,8 +16,10 @@ def pack(wanted: Bool[Tensor, "B L"], width: int) -> Int[Tensor, "B W"]:
     rank = wanted.cumsum(1)  # 1-based place of each wanted position
     place = torch.where(wanted & (rank <= width), rank - 1, width)
     positions = torch.arange(length, device=wanted.device).expand(rows, length)
-    # Column `width` catches everything unwanted and is cut off. Contiguous, since compiled code is specialised on strides.
-    return torch.full((rows, width + 1), length, device=wanted.device).scatter(1, place, positions)[:, :width].contiguous()
+    caught = torch.full((rows, width + 1), length, device=wanted.device).scatter(1, place, positions)
+    # Column `width` catches everything unwanted and is cut off. Compiled code is specialised on strides, and `contiguous` would leave
+    # those of a single row as they are.
+    return caught[:, :width].clone(memory_format=torch.contiguous_format)
 
 
 def to_canvas(values: Shaped[Tensor, "B R"], positions: Int[Tensor, "B R"], length: int, fill: float | int | bool) -> Tensor:

@@ -7,7 +7,8 @@
     2   x x x x       2   x x x x . .                              2   x x x .
     3   x x x x       4   x x x x x x                              3   x x x x
 
-Block 0 is the prompt; answer blocks count from 1 and start at the prompt's end, as in D2F (arXiv 2508.09192).
+Block 0 is the prompt; answer blocks count from 1 and start at the prompt's end, as in D2F (arXiv 2508.09192). Models trained on multiples
+of the block size (SDAR, arXiv 2510.06303) count all blocks from position 0, the prompt's included.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ def answer_blocks(begin: Int[Tensor, "B"], length: int, block_length: int) -> In
     """Block index of every position: 0 up to each row's `begin`, then 1, 2, ... for each `block_length` positions."""
     offset = torch.arange(length, device=begin.device) - begin.unsqueeze(1)
     return torch.where(offset < 0, 0, offset.div(block_length, rounding_mode="floor") + 1)
+
+
+def absolute_blocks(rows: int, length: int, block_length: int, device: torch.device) -> Int[Tensor, "B L"]:
+    """Block index of every position when blocks count from position 0: 1, 1, ..., 2, 2, ..., for prompt and answer alike."""
+    return (torch.arange(length, device=device).div(block_length, rounding_mode="floor") + 1).expand(rows, length)
 
 
 def block_causal(block: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:

@@ -6,10 +6,7 @@ with a knob that changes nothing on any toy, is dead, and tests/lattice/test_kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from dllm_toolkit.cache import policies
 from dllm_toolkit.decoders.autoregressive import NextToken, autoregressive
@@ -17,7 +14,9 @@ from dllm_toolkit.decoders.base import Decoder, Schedule
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.confidence_adaptive import Adaptive, confidence_adaptive
 from dllm_toolkit.decoders.d2f import d2f
-from dllm_toolkit.decoders.fast_dllm import fast_dllm
+from dllm_toolkit.decoders.dparallel import dparallel
+from dllm_toolkit.decoders.dream import Timetable, dream
+from dllm_toolkit.decoders.fast_dllm import Allowance, FirstOfBlock, fast_dllm
 from dllm_toolkit.decoders.rules.commit import Factor, Gate, Quota, threshold
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.revise import Keep
@@ -25,50 +24,18 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
-
-Arguments = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Knob:
-    """A value of an argument that must change the decode on some toy. given: other arguments that both sides use.
-
-    place: how a part becomes a decoder, where the standard template would hide the argument.
-    """
-
-    value: Any
-    given: Arguments = field(default_factory=dict)
-    place: Callable[[Any], Decoder] | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One component as the tests use it.
-
-    maker: the registered class or function. arguments: what it is made with. knobs: for each argument a value that must matter. idle:
-    steps beyond one a token that the decoder declares. slow: a decoder that gives the same text with as many forwards or more.
-    """
-
-    name: str
-    kind: str
-    maker: Callable[..., Any]
-    arguments: Arguments = field(default_factory=dict)
-    knobs: Mapping[str, Knob] = field(default_factory=dict)
-    idle: int = 0
-    slow: Callable[[], Decoder] | None = None
-
-    def build(self, **changes: Any) -> Any:
-        return self.maker(**{**self.arguments, **changes})
-
-    def __str__(self) -> str:
-        return self.name
-
 
 SAMPLED = {"temperature": 1.0}
 D2F = {"block_length": 4, "threshold": 0.6, "add_at": 0.5, "activate_at": 0.75}
 PIPELINED = {"block_length": 4, "add_at": 0.5, "activate_at": 0.75}
 _gate_by_margin = partial(BlockDecoder, SemiAutoregressive(4), propose=Sample(score="margin"))
+
+
+_timed = partial(BlockDecoder, SemiAutoregressive(None))
+_drawn = partial(BlockDecoder, SemiAutoregressive(None, hold=6), propose=Sample(score="random"))
 
 
 def _gate_to_the_end(schedule: Schedule) -> Decoder:
@@ -119,11 +86,64 @@ DECODERS = (
             "threshold": Knob(0.9),
             "factor": Knob(1.5, {"threshold": None}),
             "temperature": Knob(1.0),
+            "steps": Knob(8, {"block_length": None}),
             "stop_at_eos": Knob(False),
+            "fill_at_eos": Knob(True),
             "official_tail": Knob(True, {"threshold": None, "factor": 1.5}),
             "step_cap": Knob(4),
+            "trailing_forward": Knob(True, {"threshold": 0.0}),
+            "first_of_block": Knob(True),
         },
         slow=lambda: fast_dllm(4, threshold=0.6, stop_at_eos=False),
+    ),
+    Case("fast_dllm allowance", "decoder", fast_dllm, {"block_length": None, "threshold": 0.6, "steps": 5, "fill_at_eos": True}),
+    Case(
+        "fast_dllm first release",
+        "decoder",
+        fast_dllm,
+        {"block_length": 4, "threshold": 0.4, "stop_at_eos": False, "trailing_forward": True, "first_of_block": True},
+        idle=3,
+    ),
+    Case(
+        "dream",
+        "decoder",
+        dream,
+        {"steps": 6},
+        knobs={
+            "steps": Knob(3),
+            "algorithm": Knob("maskgit_plus"),
+            "eps": Knob(0.5),
+            "temperature": Knob(1.0),
+            "top_p": Knob(0.5),
+            "top_k": Knob(2),
+            "order_temperature": Knob(1.0),
+            "block_length": Knob(4),
+            "idle_steps": Knob(True, {"steps": 12}),
+        },
+    ),
+    Case("dream one by one", "decoder", dream, {"algorithm": "topk_margin", "block_length": 4}),
+    Case(
+        "dream origin",
+        "decoder",
+        dream,
+        {"steps": 10, "algorithm": "origin", "temperature": 0.7, "top_p": 0.9, "top_k": 9, "idle_steps": True},
+        idle=10,
+    ),
+    Case("dream origin eager", "decoder", dream, {"steps": 5, "algorithm": "origin", "order_temperature": 0.3}),
+    Case(
+        "dparallel",
+        "decoder",
+        dparallel,
+        {"block_length": 4, "entropy": 1.0},
+        knobs={
+            "block_length": Knob(2),
+            "entropy": Knob(0.1),
+            "strict": Knob(True, {"entropy": 0.0}),
+            "temperature": Knob(1.0),
+            "stop_at_eos": Knob(False),
+            "trailing_forward": Knob(True, {"entropy": 9.0}),
+        },
+        slow=lambda: dparallel(4, entropy=1.0, stop_at_eos=False),
     ),
     Case("fast_dllm factor", "decoder", fast_dllm, {"block_length": None, "factor": 1.5, "official_tail": True}),
     Case("fast_dllm factor sampled", "decoder", fast_dllm, {"block_length": 4, "factor": 1.0, **SAMPLED}),
@@ -199,6 +219,17 @@ DECODERS = (
         },
     ),
     Case(
+        "block opening",
+        "decoder",
+        BlockDecoder,
+        {
+            "schedule": SemiAutoregressive(4, hold=9),
+            "commit": FirstOfBlock(Timetable(9)),
+            "stop": AtEos(fill=True, skip_first=True),
+        },
+        idle=9,
+    ),
+    Case(
         "block rewriting",
         "decoder",
         BlockDecoder,
@@ -216,6 +247,7 @@ DECODERS = (
         BlockDecoder,
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
+    *cases_commit.DECODERS,
 )
 
 SCHEDULES = (
@@ -224,7 +256,7 @@ SCHEDULES = (
         "schedule",
         SemiAutoregressive,
         {"block_length": 4},
-        knobs={"block_length": Knob(2), "hold": Knob(40), "step_cap": Knob(4)},
+        knobs={"block_length": Knob(2), "hold": Knob(40), "step_cap": Knob(4), "least_steps": Knob(5)},
     ),
     Case("whole_answer", "schedule", whole_answer),
     Case(
@@ -257,8 +289,10 @@ PROPOSALS = (
             "evidence": Knob("filtered", {"temperature": 0.5}),
             "suppress": Knob(("eos", 3)),
             "defer": Knob(("eos", 3)),
+            "order_temperature": Knob(1.0),
         },
     ),
+    *cases_commit.PROPOSALS,
 )
 
 COMMITS = (
@@ -298,10 +332,29 @@ COMMITS = (
             "max_steps": Knob(1),
         },
     ),
+    Case(
+        "timetable",
+        "commit",
+        Timetable,
+        {"steps": 6},
+        knobs={"steps": Knob(3), "eps": Knob(0.5, place=_timed), "draw": Knob(True, place=_drawn)},
+    ),
+    Case(
+        "allowance",
+        "commit",
+        Allowance,
+        {"at_least": 0.6, "steps": 5},
+        knobs={"at_least": Knob(0.9, place=_timed), "steps": Knob(2, place=_timed)},
+    ),
+    Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
+    *cases_commit.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep),)
-STOPS = (Case("at_eos", "stop", AtEos), Case("when_full", "stop", WhenFull))
+STOPS = (
+    Case("at_eos", "stop", AtEos, knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True})}),
+    Case("when_full", "stop", WhenFull),
+)
 CACHES = (
     Case("none", "cache", policies.NoCache),
     Case("prefix", "cache", policies.PrefixCache),

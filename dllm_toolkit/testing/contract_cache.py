@@ -54,6 +54,12 @@ def _everyone(ask: Ask) -> Tensor:
     return torch.ones_like(ask.state.done)
 
 
+def _unfilled(ask: Ask) -> Tensor:
+    """Rows in which no stop rule has filled what is behind an end-of-text. What it fills may keep the keys of its masks, as the masks
+    behind a block keep theirs in the dual cache."""
+    return ~ask.state.filled.any(1)
+
+
 def _refreshed(ask: Ask) -> Tensor:
     """Rows in which this forward computed everything that the schedule shows."""
     return ~(ask.region.visible & ~ask.computed).any(1)
@@ -67,7 +73,7 @@ def c1_one_layer(bench: Bench) -> None:
         _compare(
             record(bench.shallow, bench.decoder, bench.cache, batch),
             bench.shallow,
-            _everyone,
+            _unfilled,
             "a reused key belongs to another token than the canvas holds: recompute where `dirty`, or keep only what is `closed`.",
         )
 
@@ -103,6 +109,8 @@ def _seen(query: Query, kv: KVBuffer) -> tuple[Tensor, Tensor]:
 
 def _poison(kv: KVBuffer, where: Tensor, hidden: Tensor) -> Callable[[], None]:
     """Put huge numbers into some slots; the returned function puts back what was there."""
+    copies = kv.rows // where.shape[0]  # guidance keeps each row twice
+    where, hidden = where.repeat(copies, 1), hidden.repeat(copies, 1)
     saved = (kv.keys.clone(), kv.values.clone(), None if kv.hidden is None else kv.hidden.clone())
     kv.keys[:, where] = POISON
     kv.values[:, where] = POISON

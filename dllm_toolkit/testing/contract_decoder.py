@@ -73,7 +73,8 @@ class Bench:
         """Does nothing random enter? Known for the template with the shipped proposal."""
         if not isinstance(self.decoder, BlockDecoder) or not isinstance(self.decoder.propose, Sample):
             return False
-        return self.decoder.propose.temperature == 0 and self.decoder.propose.score != "random"
+        propose = self.decoder.propose
+        return propose.temperature == 0 and propose.score != "random" and propose.order_temperature == 0
 
 
 def places(canvas: Canvas) -> str:
@@ -93,8 +94,8 @@ def _alive(state: State) -> Canvas:
 
 
 def _behind(state: State) -> Canvas:
-    """What lies behind the end of a finished row: fill, not the method's business any more."""
-    return state.done.unsqueeze(1) & (state.positions >= state.end.unsqueeze(1))
+    """What lies behind the end of a finished row, or behind an end-of-text that a stop rule has filled up: not the method's business."""
+    return state.filled | (state.done.unsqueeze(1) & (state.positions >= state.end.unsqueeze(1)))
 
 
 def d0_pure(bench: Bench) -> None:
@@ -297,6 +298,8 @@ def d10_end_of_text(bench: Bench) -> None:
             raise Violation(f"row {row}: ended by end-of-text, but {text} does not end with one. Was a mask left before it?")
     decoder = bench.decoder
     if not isinstance(decoder, BlockDecoder) or not isinstance(decoder.stop, AtEos) or not bench.monotone:
+        return
+    if decoder.stop.fill:  # the model then sees where the text ends, and may say something else before it
         return
     free = record(bench.model, replace(decoder, stop=WhenFull()), bench.cache, bench.batch)
     for row in range(len(bench.batch)):

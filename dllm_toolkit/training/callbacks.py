@@ -17,11 +17,13 @@ from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
-from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.decode import check_prompts
+from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import DataError, Example
 from dllm_toolkit.training.module import DiffusionModule
+from dllm_toolkit.types import ModelSpec
 
 declare("callback", pl.Callback)
 
@@ -105,16 +107,21 @@ class DecodeWhileTraining(pl.Callback):
     ) -> None:
         if every < 1 or problems < 1:
             raise DataError(f"every and problems must be at least 1, got {every} and {problems}. Write every: 1000, problems: 16.")
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}. It is a length. Write max_new_tokens: 80.")
         self.decoder, self.cache, self.every, self.problems = decoder, cache or NoCache(), every, problems
         self.max_new_tokens, self.name = max_new_tokens, name
         self.examples: list[Example] = []  # given by run_training
         self._done = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from dllm_toolkit.decoders.base import check
+    def check(self, spec: ModelSpec) -> None:
+        """Raise DecodeError now, not at the first decode, if the decoder does not fit the model."""
+        check(spec, self.decoder, self.cache)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        check(pl_module.model.spec, self.decoder, self.cache)  # now, not at the first decode
+        prompts = [example.prompt for example in self.examples[: self.problems]]
+        check_prompts(pl_module.model.spec, prompts, [self.max_new_tokens] * len(prompts))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = trainer.global_step

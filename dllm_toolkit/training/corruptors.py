@@ -119,6 +119,8 @@ class ActiveBlock(Corruptor):
                 f"block_lengths must be lengths in tokens, got {self.block_lengths}. 0 stands for the whole answer. "
                 "Write block_lengths: [8, 16, 32]."
             )
+        if self.rest < 0:
+            raise corrupt.CorruptionError(f"rest must be 0 or more, got {self.rest}. It is the weight of a loss. Write rest: 0.25.")
         if not 0.0 <= self.fully_masked <= 1.0:
             raise corrupt.CorruptionError(
                 f"fully_masked must be a probability, got {self.fully_masked}. It is the share of rows whose block starts from "

@@ -169,8 +169,24 @@ class StoryData(Data):
         for name in ("size", "heldout", "batch_size", "answer_length", "prompt_length_max"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, got {getattr(self, name)}. It is a count. Write {name}: 256.")
+        if self.workers is not None and self.workers < 0:
+            raise DataError(f"workers must be 0 or more, got {self.workers}. It counts processes. Write workers: 0, or null.")
+        if self.data_seed < 0:
+            raise DataError(f"data_seed must not be negative, got {self.data_seed}. It picks the problems. Write data_seed: 0.")
 
     def check(self, max_positions: int) -> None:
+        from dllm_toolkit.data.stories import ANSWER_LENGTH, PROMPT_LENGTH
+
+        if self.size < self.batch_size:
+            raise DataError(
+                f"there are fewer problems than one batch holds, got size {self.size} and batch_size {self.batch_size}. An epoch would be "
+                f"empty. Write size: {self.batch_size} or more."
+            )
+        for name, least in (("prompt_length_max", PROMPT_LENGTH), ("answer_length", ANSWER_LENGTH)):
+            if getattr(self, name) < least:
+                raise DataError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}. Stories are that long. Write {name}: {least}."
+                )
         if self.prompt_length_max + self.answer_length > max_positions:
             raise DataError(
                 f"rows of {self.prompt_length_max} + {self.answer_length} tokens do not fit the model, got max_positions="

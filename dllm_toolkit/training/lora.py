@@ -37,6 +37,10 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise LoraError(f"rank must be at least 1, got {self.rank}. It is the inner width of the adapter. Write rank: 32.")
+        if not 0 <= self.dropout < 1:
+            raise LoraError(f"dropout must lie in [0, 1), got {self.dropout}. It is a probability. Write dropout: 0.0.")
+        if not self.alpha > 0:
+            raise LoraError(f"alpha must be above 0, got {self.alpha}. The adapter is scaled by alpha / rank. Write alpha: {self.rank}.")
         if not self.targets:
             raise LoraError("targets is empty, so nothing would be trained. Write targets: [q_proj, k_proj, v_proj, o_proj].")
 

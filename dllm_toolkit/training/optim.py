@@ -52,6 +52,11 @@ class AdamW(OptimizerRecipe):
             raise ToolkitError(
                 f"learning_rate must be above 0, got {self.learning_rate}. Nothing would be learned. Write learning_rate: 1e-3."
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ToolkitError(f"betas must lie in [0, 1), got {list(self.betas)}. They are shares. Write betas: [0.9, 0.95].")
+        for name, example in (("weight_decay", 0.0), ("eps", 1e-8)):
+            if getattr(self, name) < 0:
+                raise ToolkitError(f"{name} must be 0 or more, got {getattr(self, name)}. Write {name}: {example}.")
 
     def build(self, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> torch.optim.Optimizer:
         trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
@@ -68,6 +73,11 @@ class AdamW(OptimizerRecipe):
         )
 
 
+def _check_warmup(steps: int) -> None:
+    if steps < 0:
+        raise ToolkitError(f"warmup_steps must be 0 or more, got {steps}. It counts optimiser steps. Write warmup_steps: 0.")
+
+
 def _warm(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
@@ -78,6 +88,9 @@ class Constant(LearningRate):
     """Linear warm-up, then 1."""
 
     warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
 
     def factor(self, step: int, progress: float) -> float:
         return _warm(step, self.warmup_steps)
@@ -90,6 +103,11 @@ class Cosine(LearningRate):
 
     warmup_steps: int = 200
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+        if self.final < 0:
+            raise ToolkitError(f"final must be 0 or more, got {self.final}. It is a share of the learning rate. Write final: 0.0.")
 
     def factor(self, step: int, progress: float) -> float:
         curve = self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -56,9 +58,16 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise TrainError("the run has no end, got neither max_steps nor max_minutes. Write trainer: {max_steps: 10000}.")
-        for name in ("devices", "accumulate", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}. It is a count. Write {name}: 1.")
+        for name in ("devices", "accumulate", "log_every", "checkpoint_every", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
+        if self.validate_every < 0:
+            raise TrainError(f"validate_every must be 0 or more, got {self.validate_every}. 0: at the end. Write validate_every: 0.")
+        for name, example in (("max_minutes", 10), ("gradient_clip", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrainError(f"{name} must be above 0, got {value}. Nothing would be trained. Write {name}: {example}, or null.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class TrainRecipe:
             )
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
+        if not 0 <= self.seed < 1 << 32:
+            raise TrainError(f"seed must lie in 0 .. 2^32 - 1, got {self.seed}. Generators take no other. Write seed: 0.")
 
 
 def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
@@ -100,8 +111,11 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     Raises TrainError if `output` belongs to another recipe (nothing is overwritten).
     """
     settings = built.trainer
-    checkpoint = _claim(built.output, recipe)
-    model = _prepare(built)
+    checkpoint = _owned(built.output, recipe)
+    _check_export(recipe, built)
+    model = _prepare(recipe, built)
+    trainer = _trainer(recipe, built, checkpoint)
+    _claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
@@ -117,9 +131,6 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         compile=on_gpu if settings.compile == "auto" else settings.compile,
         seed=built.seed,
     )
-    # Lightning's own lines (devices found, tips) say nothing about the run.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = _trainer(built)
     device = trainer.strategy.root_device
     _say(f"making {type(built.data).__name__} on {device}")
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
@@ -148,8 +159,17 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _claim(output: Path, recipe: Recipe) -> Path | None:
-    """Make `output` this recipe's own and return the checkpoint to resume from, if any."""
+@contextmanager
+def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
+    """Errors of the block get the file and the line of the recipe's value under `keys`."""
+    try:
+        yield
+    except (ToolkitError, ValueError) as error:  # Lightning and PEFT raise ValueError for a setting they do not know
+        raise TrainError(recipe.at(keys, error)) from error
+
+
+def _owned(output: Path, recipe: Recipe) -> Path | None:
+    """The checkpoint in `output` to resume from, if any. Raises TrainError if the directory belongs to another recipe."""
     name = output / "recipe.sha"
     checkpoint = output / "last.ckpt"
     if name.is_file() and name.read_text(encoding="utf-8").strip() != recipe.hash():
@@ -161,19 +181,38 @@ def _claim(output: Path, recipe: Recipe) -> Path | None:
         raise TrainError(
             f"{checkpoint} has no recipe beside it, so it cannot be resumed safely. Write another output:, or delete the file."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    name.write_text(recipe.hash() + "\n", encoding="utf-8")
     return checkpoint if checkpoint.is_file() else None
 
 
-def _prepare(built: TrainRecipe) -> Transformer:
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Make `output` this recipe's own. Only once everything that can be refused was looked at: a mistake must not take a directory."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (output / "recipe.sha").write_text(recipe.hash() + "\n", encoding="utf-8")
+
+
+def _check_export(recipe: Recipe, built: TrainRecipe) -> None:
+    """Hours of training must not end at a path that cannot be written. An earlier export (it has a card) is replaced."""
+    where = built.export
+    if where is None:
+        return
+    with _placed(recipe, "export"):
+        occupied = next((parent for parent in (where, *where.parents) if parent.exists() and not parent.is_dir()), None)
+        if occupied is not None:
+            raise TrainError(f"{occupied} is a file, and weights are exported into a directory. Write another export:, or null.")
+        if where.is_dir() and any(where.iterdir()) and not (where / "card.json").is_file():
+            raise TrainError(f"{where} holds files that no training has exported (there is no card.json). Write another export:, or null.")
+
+
+def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
     """The model as it is trained: checked against objective and data, with its adapter and the student's attention rule."""
     model = built.model.build()
     if not isinstance(model, Transformer):
         raise TrainError(f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}.")
-    built.objective.check(model)
-    built.data.check(model.spec.max_positions)
+    with _placed(recipe, "objective"):
+        built.objective.check(model)
+    with _placed(recipe, "data"):
+        built.data.check(model.spec.max_positions)
     if model.tokenizer is None:
         model.tokenizer = built.data.tokenizer()
     if len(built.data.tokenizer()) > model.spec.vocab_size:
@@ -186,9 +225,13 @@ def _prepare(built: TrainRecipe) -> Transformer:
         # Matters for decoding only: both passes of the loss are given their masks.
         model.with_attention("block_causal", built.objective.block_length)
     if built.lora is not None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
             torch.manual_seed(built.seed)
             inject(model, built.lora, base=_base_name(built))
+    for number, callback in enumerate(built.callbacks):
+        if isinstance(callback, DecodeWhileTraining):
+            with _placed(recipe, "callbacks", str(number)):
+                callback.check(model.spec)
     return model
 
 
@@ -198,8 +241,18 @@ def _base_name(built: TrainRecipe) -> str:
     return str(path) if path is not None else ""
 
 
-def _trainer(built: TrainRecipe) -> pl.Trainer:
+def _resumed_step(checkpoint: Path | None) -> int | None:
+    if checkpoint is None:
+        return None
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] + 1
+
+
+def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.Trainer:
     settings = built.trainer
+    # Lightning's own lines (devices found, tips) say nothing about the run.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise TrainError(recipe.at(("trainer", "accelerator"), "no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu."))
     saver = ModelCheckpoint(
         dirpath=built.output,
         save_last=True,
@@ -207,26 +260,28 @@ def _trainer(built: TrainRecipe) -> pl.Trainer:
         every_n_train_steps=settings.checkpoint_every,
         enable_version_counter=False,
     )
-    return pl.Trainer(
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        max_epochs=-1,
-        precision=settings.precision,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        strategy=settings.strategy,
-        accumulate_grad_batches=settings.accumulate,
-        val_check_interval=settings.validate_every * settings.accumulate or None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=None if settings.validate_every else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_every,
-        logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version=""),
-        callbacks=[Throughput(built.output / "metrics.jsonl", settings.log_every), *built.callbacks, saver],
-        default_root_dir=built.output,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    with _placed(recipe, "trainer"):
+        return pl.Trainer(
+            max_steps=-1 if settings.max_steps is None else settings.max_steps,
+            max_epochs=-1,
+            precision=settings.precision,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            accumulate_grad_batches=settings.accumulate,
+            val_check_interval=settings.validate_every * settings.accumulate or None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if settings.validate_every else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=settings.log_every,
+            # What a killed process logged beyond its last checkpoint is trained and logged again.
+            logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version="", purge_step=_resumed_step(checkpoint)),
+            callbacks=[Throughput(built.output / "metrics.jsonl", settings.log_every), *built.callbacks, saver],
+            default_root_dir=built.output,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
 
 
 def _finish(recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: DiffusionModule, train: Source, validation: list) -> None:

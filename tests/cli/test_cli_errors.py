@@ -11,7 +11,7 @@ import pytest
 from dllm_toolkit import cli, registry
 from dllm_toolkit.errors import ToolkitError
 
-COMMANDS = ["compare", "generate", "train", "list", "show", "check"]
+COMMANDS = ["compare", "generate", "train", "list", "show", "check", "golden", "doctor"]
 TINY = """
 model: {_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 64}
 decoder: {_component_: semi_ar, block_length: 4}
@@ -151,8 +151,8 @@ def test_generate(capsys, recipe):
         ([], "the prompt is missing"),
         (["prompt="], "the prompt is missing"),
         (["prompt=' '"], "the prompt is empty"),
-        (["prompt=Hi", "run.device=cuda:99"], "run.device is not on this machine"),
-        (["prompt=Hi", "run.device=toaster"], "run.device is no device"),
+        (["prompt=Hi", "run.device=cuda:99"], "run.device: this device is not on this machine"),
+        (["prompt=Hi", "run.device=toaster"], "run.device: this is no device"),
         (
             ["prompt=Hi", "run.max_new_tokens=0"],
             "run.max_new_tokens: max_new_tokens must be at least 1, got 0",

@@ -15,6 +15,7 @@ import torch
 import dllm_toolkit.engine
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache
 from dllm_toolkit.decode import decode
+from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.testing import cases, contract
 from dllm_toolkit.testing.contract_compile import GraphCounter, d11_one_graph
 from dllm_toolkit.testing.record import unequal
@@ -64,3 +65,17 @@ def test_decode_compiled_is_decode(name: str, cache: Any, monkeypatch: pytest.Mo
         assert getattr(compiled.stats, field) == getattr(eager.stats, field)
     assert counters["decide"].graphs == 1
     assert counters["forward"].graphs <= 3, "more forwards compiled than lane widths"
+
+
+def test_a_sweep_of_many_decoders_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decoder of a process shares the code of `decide`: torch's limit of 8 graphs for one code must not end a comparison."""
+    model, batch = toy_of(d2f(block_length=4)).model, unequal()
+    real = torch.compile
+    monkeypatch.setattr(
+        dllm_toolkit.engine.torch, "compile", lambda function, *, mode=None, **options: real(function, backend="eager", **options)
+    )
+    for number in range(10):
+        decoder = d2f(block_length=4, threshold=number / 10)
+        arguments = {"max_new_tokens": 4, "cache": BlockCausalCache()}
+        compiled = decode(model, decoder, batch.prompts[:1], compile=True, **arguments)
+        assert compiled.tokens == decode(model, decoder, batch.prompts[:1], **arguments).tokens

@@ -16,7 +16,9 @@ from dllm_toolkit.decoders.base import Commit, Decoder, Propose, Revise, Schedul
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.confidence_adaptive import Adaptive, confidence_adaptive
 from dllm_toolkit.decoders.d2f import d2f
-from dllm_toolkit.decoders.fast_dllm import fast_dllm
+from dllm_toolkit.decoders.dparallel import dparallel
+from dllm_toolkit.decoders.dream import Timetable, dream
+from dllm_toolkit.decoders.fast_dllm import Allowance, FirstOfBlock, fast_dllm
 from dllm_toolkit.decoders.rules.commit import Factor, Gate, Quota
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.revise import Keep
@@ -69,6 +71,11 @@ PAIRS = (
     pair("at most one token above any gate is one token a step", commits, Gate(0.2, minimum=1, maximum=1), Quota()),
     pair("a gate that everything passes is one step a block", commits, Gate(0.0), Quota(1)),
     pair("a huge factor is a gate that everything passes", commits, Factor(1e9), Gate(0.0)),
+    pair("a timetable of far more steps than tokens is one token a step", commits, Timetable(10_000), Quota()),
+    pair("a timetable of one step is one step a block", commits, Timetable(1), Quota(1)),
+    pair("an allowance that everything passes is a quota", commits, Allowance(0.0, 5), Quota(5)),
+    pair("an allowance that nothing passes is one token a step", commits, Allowance(1.1, 5), Quota()),
+    pair("an allowance of one step is a gate", commits, Allowance(0.6, 1), GATE),
     pair(
         "a pipeline that waits for full blocks is semi-autoregressive",
         schedules,
@@ -83,6 +90,8 @@ PAIRS = (
     ),
     pair("one block as long as the answer is the whole answer", schedules, SemiAutoregressive(LONGEST), SemiAutoregressive(None)),
     pair("holding for one step is not holding", schedules, SemiAutoregressive(4, hold=1), SemiAutoregressive(4)),
+    pair("one step is the least a block can have", schedules, SemiAutoregressive(4, least_steps=1), SemiAutoregressive(4)),
+    pair("a cold order is the plain order", proposes, Sample(order_temperature=1e-9), Sample()),
     pair("sampling from the best one is greedy", proposes, Sample(temperature=1.0, top_k=1), Sample()),
     pair("sampling from a tiny nucleus is greedy", proposes, Sample(temperature=1.0, top_p=1e-9), Sample()),
     pair("top_p = 1 and top_k = V are off", proposes, Sample(temperature=0.7, top_k=29), Sample(temperature=0.7)),
@@ -95,6 +104,18 @@ PAIRS = (
         "confidence-adaptive with one token a step: vanilla in blocks",
         lambda: confidence_adaptive(4, minimum=1, maximum=1, eos_share=0.0, stop_at_eos=False),
         lambda: vanilla(block_length=4),
+    ),
+    Pair(
+        "the first of a block of one is the block",
+        lambda: BlockDecoder(SemiAutoregressive(1), FirstOfBlock(GATE)),
+        lambda: BlockDecoder(SemiAutoregressive(1), GATE),
+    ),
+    Pair("dream with far more steps than tokens: vanilla", lambda: dream(10_000, "maskgit_plus"), vanilla),
+    Pair("dream in one step: vanilla in one step", lambda: dream(1, "topk_margin"), lambda: vanilla(1)),
+    Pair(
+        "dparallel without entropy: the surest one a step",
+        lambda: dparallel(4, entropy=0.0),
+        lambda: BlockDecoder(SemiAutoregressive(4), Quota(), propose=Sample(score="negative_entropy")),
     ),
     Pair("d2f that waits and commits one: semi_ar", lambda: d2f(4, 1.1, add_at=1.0, activate_at=1.0), lambda: semi_ar(4)),
 )

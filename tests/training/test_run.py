@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, monkeypatch) -> N
     assert max(curve(tmp_path / "killed", "train/loss")) >= 8
 
     recipe = recipes.load(tmp_path / "killed.yaml").checked(TrainRecipe)
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which hold the second of their creation
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the killed process: sums of floats depend on how they are split
     try:
@@ -85,6 +87,12 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, monkeypatch) -> N
     assert len(curve(tmp_path / "killed", "train/loss")) == 12
     for a, b in zip(resumed.average.shadow, whole.average.shadow, strict=True):
         assert torch.equal(a, b)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "killed" / "tensorboard"))
+    events.Reload()
+    # What the killed process logged beyond its checkpoint (step 8) is not there twice.
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +203,23 @@ def test_time_ends_a_run_and_anneals_it(tmp_path) -> None:
         ({"data": {"_component_": "stories", "size": 2, "heldout": 8, "batch_size": 4}}, "fewer problems than one batch"),
         ({"lora": {"rank": 4, "targets": ["query"]}}, "match no linear module"),
         ({"ema": 1.5}, r"ema must lie in \[0, 1\)"),
+        ({"seed": -1}, "seed must lie in 0"),
+        ({"trainer": {"max_steps": -1}}, "trainer.max_steps: max_steps must be at least 1"),
+        ({"trainer": {"max_minutes": 0}}, "max_minutes must be above 0"),
+        ({"trainer": {"max_steps": 1, "gradient_clip": 0}}, "gradient_clip must be above 0"),
+        ({"trainer": {"max_steps": 1, "validate_every": -1}}, "validate_every must be 0 or more"),
+        ({"trainer": {"max_steps": 1, "accelerator": "cpu", "strategy": "x"}}, "trainer: .*invalid strategy name"),
+        ({"data": {"_component_": "stories", "batch_size": 4, "answer_length": 2}}, "data: answer_length must be at least 80"),
+        ({"data": {"_component_": "stories", "batch_size": 4, "workers": -1}}, "workers must be 0 or more"),
+        ({"optimizer": {"_component_": "adamw", "betas": [2, 3]}}, "betas must lie in"),
+        ({"schedule": {"_component_": "cosine", "warmup_steps": -1}}, "warmup_steps must be 0 or more"),
+        ({"lora": {"rank": 4, "dropout": 2}}, "dropout must lie in"),
+        ({"callbacks": [{"_component_": "decode", "decoder": "autoregressive"}]}, "callbacks.0: the decoder .* does not fit"),
+        ({"export": str(Path(__file__))}, "export: .* is a file"),
+        ({"export": str(Path(__file__).parent)}, "export: .* no card.json"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, change, message) -> None:
     with pytest.raises((RecipeError, ValueError), match=message):
         train({**SMALL, "output": str(tmp_path / "run"), **change})
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run").exists(), "a mistake took the directory: the corrected recipe would be refused as another one"

@@ -1,6 +1,7 @@
 """The ledger: counting by hand, resuming, refusing. Every refusal must leave the file as it was."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -189,6 +191,40 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         refuse(path, header(), "another run")
     with ledger.open_ledger(path, header()):
         pass
+
+
+def test_two_runs_that_start_in_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run renames its new file over ours between our rename and our lock: our records would go to a file without a name."""
+    path = tmp_path / "ledger.jsonl"
+    lock = ledger._lock
+
+    def late(stream: IO[bytes], where: Path) -> None:
+        lock(stream, where)
+        (tmp_path / "other").write_bytes(where.read_bytes())
+        os.replace(tmp_path / "other", where)
+
+    monkeypatch.setattr(ledger, "_lock", late)
+    with pytest.raises(LedgerError, match="another run"), ledger.open_ledger(path, header()):
+        pass
+
+
+def test_a_full_disk_is_one_message_and_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.jsonl"
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ledger.open_ledger(path, header()) as book:
+        book.append(pair("a", 0))
+        with monkeypatch.context() as patched:
+            patched.setattr(ledger.os, "fsync", full)
+            with pytest.raises(LedgerError, match="cannot write .*No space left on device.*Make room"):
+                book.append(pair("a", 1))
+    assert len(ledger.read(path)[1]) >= 2
+    monkeypatch.setattr(ledger.os, "fsync", full)
+    with pytest.raises(LedgerError, match="No space left"), ledger.open_ledger(tmp_path / "b" / "ledger.jsonl", header()):
+        pass
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_ledger_error_is_a_toolkit_error() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dllm_toolkit import recipe, registry
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.recipe import Lazy, Recipe, RecipeError, RecipeErrors
+from dllm_toolkit.recipe_schema import _located
 
 
 class Widget:
@@ -400,6 +401,9 @@ def test_aliases(tmp_path):
             "widget:\n  _component_: cart\n  threshold: 1\n  engine: {_component_: steam,\n    pressure: -1}",
             "x.yaml:5: widget.engine.pressure: pressure must be >= 0, got -1.0",
         ),
+        ("widget: {_component_: cart, threshold: .nan}", "threshold: expected a number, got nan, which compares with nothing.$"),
+        ("widget: {_component_: cart, threshold: nan}", "expected a number, got the text 'nan'.$"),
+        ("widget: slip\nrun: {seed: 9223372036854775808}", "run.seed: 9223372036854775808 is too large for a whole number of 64 bits"),
         ("widget: os.system", "x.yaml:1: widget: 'os.system' is refused"),
         ("widget: {_component_: test_recipe.Steam}", "widget: 'test_recipe.Steam'|cannot find the module"),
     ],
@@ -408,6 +412,24 @@ def test_messages(tmp_path, text, expected):
     lines = errors_of(tmp_path, text)
     assert len(lines) == 1, lines
     assert re.search(expected, lines[0]), lines[0]
+
+
+def test_a_message_gets_the_place_of_its_value(tmp_path):
+    loaded = recipe.load(write(tmp_path, "widget:\n  _component_: cart\n  threshold: 1\nsizes:\n  - 3\n  - 4"), ["run.seed=3"])
+    file = tmp_path / "x.yaml"
+    assert loaded.at(("widget", "threshold"), "no") == f"{file}:3: widget.threshold: no"
+    assert loaded.at(("widget", "mode"), "no") == f"{file}:2: widget.mode: no"  # left to its default
+    assert loaded.at(("sizes", "1"), "no") == f"{file}:6: sizes.1: no"
+    assert loaded.at(("run", "seed"), "no") == "<override> run.seed=3: run.seed: no"
+    assert loaded.at(("out",), "no") == f"{file}: out: no"
+
+
+def test_a_message_that_names_a_path_is_placed_there(tmp_path):
+    text = "table:\n  a.b: 1\n  c:\n    d: 2\n"
+    node = recipe.load(write(tmp_path, text)).node
+    for words, place, line in (("table.c.d is bad", "table.c.d", 4), ("in table.a.b.", "table.a.b", 2), ("table.x is not", "table", 2)):
+        error = _located(ValueError(words), node, "", node.value)
+        assert (error.path, error.line) == (place, line)
 
 
 def test_all_errors_at_once(tmp_path):
@@ -457,7 +479,7 @@ def test_validate_constructs_nothing(tmp_path):
         ("a: *b", "undefined alias"),
         ('a: "\\ud800"', "half a surrogate pair"),
         ('a: "\\UFFFFFFFF"', "not valid YAML"),
-        ("a: \x07", "character 3 is not allowed"),
+        ("a: 1\nb: \x07", r"x.yaml:2: the character '\\x07' is not allowed"),
         ("a: " + "9" * 5000, "more than 1000 digits"),
         ("<<: 3", "`<<` takes a mapping"),
     ],

@@ -231,3 +231,12 @@ def test_protocol_kinds_take_registered_members():
     assert registry.lookup("test_shape", "square") is Square
     with pytest.raises(registry.UnknownName, match="is not a test_shape"):
         registry.lookup("test_shape", f"{__name__}.Wheel")
+
+
+def test_what_a_module_prints_while_it_is_imported_is_no_result(tmp_path, monkeypatch, capsys):
+    (tmp_path / "talks.py").write_text("print('hello')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(registry.UnknownName, match="has no 'Thing'"):
+        registry.lookup("test_gadget", "talks.Thing")
+    out, err = capsys.readouterr()
+    assert out == "" and err == "hello\n"

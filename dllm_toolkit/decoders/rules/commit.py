@@ -20,13 +20,38 @@ from dllm_toolkit.types import Canvas
 
 
 @dataclass(frozen=True)
-class QuotaState:
+class Progress:
     """Where a row stands in the present block: masks at its opening, steps taken in it, the epoch that this belongs to."""
 
     masks: Int[Tensor, "B"]
     taken: Int[Tensor, "B"]
     epoch: Int[Tensor, "B"]
     answer: Int[Tensor, "B"]  # masked positions of the whole answer at the start
+
+    @classmethod
+    def begin(cls, state: State) -> Progress:
+        answer = state.masked.sum(1)
+        return cls(answer.clone(), torch.zeros_like(answer), torch.full_like(answer, -1), answer)
+
+    def at(self, region: Region) -> Progress:
+        """The same, before the step that `region` describes: counts start anew when its epoch has moved on."""
+        fresh = region.epoch != self.epoch
+        masks = torch.where(fresh, region.eligible.sum(1), self.masks)
+        return Progress(masks, self.taken.masked_fill(fresh, 0), region.epoch, self.answer)
+
+    def after(self) -> Progress:
+        return Progress(self.masks, self.taken + 1, self.epoch, self.answer)
+
+    def steps(self, total: int | None) -> Int[Tensor, "B"]:
+        """The block's share of `total` steps for the whole answer; None gives it one step a mask."""
+        if total is None:
+            return self.masks.clamp(min=1)
+        return (total * self.masks).div(self.answer.clamp(min=1), rounding_mode="floor").clamp(min=1)
+
+    def quota(self, total: int | None) -> Int[Tensor, "B"]:
+        """How many of the block's masks fall to this step when they are spread evenly over its steps."""
+        steps = self.steps(total)
+        return self.masks.div(steps, rounding_mode="floor") + (self.taken < self.masks % steps).long()
 
 
 @register("commit", "quota")
@@ -48,27 +73,18 @@ class Quota(Commit):
         if self.steps is not None and self.steps < 1:
             raise DecodeError(f"steps must be 1 or more, got {self.steps}. It counts forwards of a whole answer. Write steps: 64.")
 
-    def init(self, state: State) -> QuotaState:
-        answer = state.masked.sum(1)
-        return QuotaState(answer.clone(), torch.zeros_like(answer), torch.full_like(answer, -1), answer)
+    def init(self, state: State) -> Progress:
+        return Progress.begin(state)
 
     def select(self, proposal: Proposal, region: Region, state: State) -> Canvas:
-        own = self._now(region, state)
+        own: Progress = state.parts.commit
         if self.steps is None:
             return select.best(proposal.score, region.eligible)
-        steps = (self.steps * own.masks).div(own.answer.clamp(min=1), rounding_mode="floor").clamp(min=1)
-        quota = own.masks.div(steps, rounding_mode="floor") + (own.taken < own.masks % steps).long()
-        return select.top_k(proposal.score, region.eligible, quota)
+        return select.top_k(proposal.score, region.eligible, own.at(region).quota(self.steps))
 
-    def carry(self, proposal: Proposal, region: Region, state: State) -> QuotaState:
-        own = self._now(region, state)
-        return QuotaState(own.masks, own.taken + 1, own.epoch, own.answer)
-
-    def _now(self, region: Region, state: State) -> QuotaState:
-        own: QuotaState = state.parts.commit
-        fresh = region.epoch != own.epoch
-        masks = torch.where(fresh, region.eligible.sum(1), own.masks)
-        return QuotaState(masks, own.taken.masked_fill(fresh, 0), region.epoch, own.answer)
+    def carry(self, proposal: Proposal, region: Region, state: State) -> Progress:
+        own: Progress = state.parts.commit
+        return own.at(region).after()
 
 
 @register("commit", "gate")

@@ -29,7 +29,8 @@ class Sample(Propose):
 
     score: probability c = p(token) | margin p1 - p2 | negative_entropy sum p ln p | random U(0, 1).
     suppress: ids that are never proposed; defer: ids whose confidence is 0, so that they are committed last
-    (LLaDA's two end-of-text options; "eos" names the model's own ids). top_k 0 and top_p 1 are off.
+    (LLaDA's two end-of-text options; "eos" names the model's own ids). top_k 0 and top_p 1 are off. order_temperature > 0 ranks by
+    score / T + Gumbel noise, which draws positions without replacement from softmax(score / T) (Dream's alg_temp).
     """
 
     cite = ("2502.09992", "2508.15487")
@@ -41,8 +42,14 @@ class Sample(Propose):
     evidence: Literal["clean", "filtered"] = "clean"
     suppress: tuple[Special, ...] = ()
     defer: tuple[Special, ...] = ()
+    order_temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.order_temperature < 0:
+            raise DecodeError(
+                f"order_temperature must be 0 or more, got {self.order_temperature}. 0 commits in the order of the score. "
+                "Write order_temperature: 0.1."
+            )
         if self.temperature < 0:
             raise DecodeError(f"temperature must be 0 or more, got {self.temperature}. 0 is the argmax. Write temperature: 0.7.")
         if not 0 < self.top_p <= 1:
@@ -53,7 +60,8 @@ class Sample(Propose):
     def __call__(self, answer: Answer, state: State) -> Proposal:
         spec = state.spec
         length = state.tokens.shape[1]
-        logits = _without(answer.logits, (spec.mask_id, *_ids(self.suppress, spec.eos_ids)))
+        hidden = (spec.mask_id,) if spec.mask_id < spec.vocab_size else ()  # causal models may have no mask token
+        logits = _without(answer.logits, (*hidden, *_ids(self.suppress, spec.eos_ids)))
         filtered = logits / self.temperature if self.temperature else logits
         if self.top_p < 1:
             filtered = sample.filter_top_p(filtered, self.top_p)
@@ -73,15 +81,22 @@ class Sample(Propose):
         return Proposal(chosen, spread, rank, answer.logits, answer.positions)
 
     def _rank(self, evidence: Tensor, confidence: Tensor, answer: Answer, state: State) -> Tensor:
+        # The salts keep these draws apart from the token noise of the same position.
         if self.score == "probability":
-            return confidence
-        if self.score == "margin":
-            return score.margin(evidence)
-        if self.score == "negative_entropy":
-            return -score.entropy(evidence)
-        # The salt keeps these draws apart from the token noise of the same position.
-        salt = torch.full_like(state.seed, 0x5EED)
-        return noise.uniform(salt[:, None], state.seed[:, None], state.step[:, None], answer.positions)
+            ranked = confidence
+        elif self.score == "margin":
+            ranked = score.margin(evidence)
+        elif self.score == "negative_entropy":
+            ranked = -score.entropy(evidence)
+        else:
+            ranked = noise.uniform(*_keys(0x5EED, answer, state))
+        if self.order_temperature == 0:
+            return ranked
+        return ranked / self.order_temperature + noise.gumbel(*_keys(0x02DE, answer, state))
+
+
+def _keys(salt: int, answer: Answer, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.full_like(state.seed, salt)[:, None], state.seed[:, None], state.step[:, None], answer.positions
 
 
 def _ids(wanted: tuple[Special, ...], eos_ids: tuple[int, ...]) -> tuple[int, ...]:

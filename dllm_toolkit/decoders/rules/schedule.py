@@ -1,6 +1,6 @@
 """Where to decode: the whole answer, block after block, or several blocks in a pipeline.
 
-Blocks are counted from each row's own `begin`, so unequal prompts need no left padding:
+Blocks are counted from each row's own `begin`, so unequal prompts need no left padding (or from position 0, where a model was trained so):
 
     row 0   p p p p | 1 1 1 1 | 2 2 2 2 | 3 3 3 3
     row 1   p p | 1 1 1 1 | 2 2 2 2 | 3 3 3 3 | . .
@@ -27,6 +27,14 @@ def first_open_block(state: State, block: Tokens) -> Int[Tensor, "B"]:
     return torch.where(state.masked, block, beyond).amin(1)
 
 
+def blocks_of(state: State, block_length: int | None) -> Tokens:
+    """Block index of every position, counted from where the model counts. None: as long as the model's own block, or the whole canvas."""
+    rows, length = state.tokens.shape
+    if state.spec.block_anchor == "absolute":
+        return masks.absolute_blocks(rows, length, block_length or state.spec.block_size or length, state.tokens.device)
+    return masks.answer_blocks(state.begin, length, block_length or length)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """State of SemiAutoregressive: block of every position (constant), the open block, steps spent in it."""
@@ -42,10 +50,11 @@ class Blocks:
 class SemiAutoregressive(Schedule):
     """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
 
-    `block_length` None opens the whole answer at once. Two flags reproduce released loops; both count steps of the whole answer, shared
-    out over its blocks. `hold` keeps a block open for its share even when it is full: LLaDA's loop spends forwards on nothing.
-    `step_cap` leaves a block after its share even when masks are left in it; the next block's first step may still fill them, and what
-    is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop.
+    `block_length` None opens the whole answer at once. Three flags reproduce released loops; two count steps of the whole answer, shared
+    out over its blocks. `hold` gives every block its share of steps: a full one stays open (LLaDA's loop), and a step may commit nothing
+    while there are steps left (Dream's). `step_cap` leaves a block after its share even when masks are left in it; the next block's first
+    step may still fill them, and what is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop. `least_steps` is spent on
+    each block, full or not: Fast-dLLM's first release always runs a second forward.
 
     Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
     """
@@ -56,17 +65,19 @@ class SemiAutoregressive(Schedule):
     block_length: int | None = 32
     hold: int | None = None
     step_cap: int | None = None
+    least_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 1:
             raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+        if self.least_steps < 1:
+            raise DecodeError(f"least_steps must be 1 or more, got {self.least_steps}. It counts steps of a block. Write least_steps: 1.")
 
     def max_reads(self, answer_length: int) -> int:
         return min(self.block_length or answer_length, answer_length)
 
     def init(self, state: State) -> Blocks:
-        length = state.tokens.shape[1]
-        block = masks.answer_blocks(state.begin, length, self.block_length or length)
+        block = blocks_of(state, self.block_length)
         return Blocks(block, first_open_block(state, block), torch.zeros_like(state.begin), state.masked.sum(1))
 
     def region(self, state: State) -> Region:
@@ -76,6 +87,9 @@ class SemiAutoregressive(Schedule):
         here = (own.block == open_now) & inside
         if self.step_cap is not None:  # masks that earlier blocks left behind get one more chance when a block opens
             here = here | (inside & state.masked & (own.block < open_now) & (own.spent == 0).unsqueeze(1))
+        force = here
+        if self.hold is not None:
+            force = here & self._spent(own, state, self.hold).unsqueeze(1)
         visible = state.positions < state.end.unsqueeze(1)
         if state.spec.attention != "full":
             visible = visible & (own.block <= open_now)
@@ -83,7 +97,7 @@ class SemiAutoregressive(Schedule):
             read=here & ~state.fixed,
             eligible=here & state.masked,
             group=torch.zeros_like(own.block),  # one open block: one promise of progress a row
-            force=here,
+            force=force,
             visible=visible,
             closed=(own.block < open_now) & ~state.masked if self.step_cap is not None else own.block < open_now,
             block=own.block,
@@ -98,6 +112,8 @@ class SemiAutoregressive(Schedule):
         move = ~(state.masked & (own.block == open_now)).any(1) & state.settled
         if self.hold is not None:
             move = move & self._spent(own, state, self.hold)
+        if self.least_steps > 1:
+            move = move & (own.spent + 1 >= self.least_steps)
         if self.step_cap is not None:
             move = move | self._spent(own, state, self.step_cap)
         opened = torch.where(move, following, own.open)
@@ -172,10 +188,13 @@ class Pipelined(Schedule):
         return answer_length if self.max_open is None else min(answer_length, self.max_open * self.block_length)
 
     def init(self, state: State) -> Pipeline:
-        block = masks.answer_blocks(state.begin, state.tokens.shape[1], self.block_length)
-        budget = state.end - state.begin
-        blocks = (budget + (0 if self.whole_blocks else self.block_length - 1)).div(self.block_length, rounding_mode="floor")
-        return Pipeline(block, select.group_count(state.inside, block), blocks, torch.ones_like(blocks).minimum(blocks))
+        block = blocks_of(state, self.block_length)
+        # The last block that is decoded, counted like `block`; where blocks count from position 0 the prompt fills the first ones.
+        origin = state.begin if state.spec.block_anchor == "prompt" else torch.zeros_like(state.begin)
+        reach = state.end - origin + (0 if self.whole_blocks else self.block_length - 1)
+        blocks = reach.div(self.block_length, rounding_mode="floor")
+        opened = torch.minimum(first_open_block(state, block), blocks)
+        return Pipeline(block, select.group_count(state.inside, block), blocks, opened)
 
     def _decoded(self, own: Pipeline, state: State) -> Tensor:
         """Decoded share of every block [B, G], float64 so that 7 / 10 >= 0.7 holds as it does in Python. Empty blocks are 1."""

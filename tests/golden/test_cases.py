@@ -1,0 +1,98 @@
+"""Every recorded decode of the official implementations: ids, forwards, commit order and query tokens, alone and among strangers."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from dllm_toolkit.testing import golden
+from dllm_toolkit.testing.golden_plan import Case, Declined, NotBuilt, plan
+from dllm_toolkit.testing.golden_replay import WHAT, compare, replay
+
+# Strangers that share a batch with a recorded prompt: one shorter, one longer than any of them, with other budgets.
+COMPANY = (([17, 4, 230], 13), ([(7 * place) % 250 for place in range(23)], 31))
+FILES = {path.stem: golden.load_cases(path) for path in sorted((golden.SHIPPED / "cases").glob("*.json"))}
+NOT_BUILT = {
+    "d3llm_dream",
+    "d3llm_llada",
+    "freedave_dream",
+    "freedave_llada",
+    "window_diffusion_dream",
+    "window_diffusion_llada",
+}
+BUILT = [
+    pytest.param(case, id=f"{file}/{case['name'].removeprefix(file).strip('_')}")
+    for file, cases in FILES.items()
+    if file not in NOT_BUILT
+    for case in cases
+]
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_exact(case: Case) -> None:
+    assert golden.run_case(case) == {}
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_a_row_does_not_notice_its_company(case: Case) -> None:
+    planned = plan(case, golden.SHIPPED)
+    assert compare(case, replay(case, planned, COMPANY), planned) == {}
+
+
+def test_what_is_not_built_says_so() -> None:
+    waiting: Counter[str] = Counter()
+    for file, cases in FILES.items():
+        for case in cases:
+            try:
+                plan(case, golden.SHIPPED)
+            except NotBuilt:
+                waiting[file] += 1
+            except Declined as reason:
+                pytest.fail(f"{case['name']}: {reason}")
+    assert waiting == {file: len(FILES[file]) for file in NOT_BUILT}
+
+
+def case_of(file: str, part: str = "") -> Case:
+    return next(copy.deepcopy(case) for case in FILES[file] if part in case["name"])
+
+
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("file", ["llada_generate", "fast_dllm_v1_llada"])
+def test_comparing_has_teeth(what: str, file: str) -> None:
+    case = case_of(file, "batch")
+    if what == "ids":
+        case["generated_ids"][-1][3] += 1
+    elif what == "forwards":
+        case["nfe"] += 1
+    elif what == "commit forward":
+        case["commit_forward"][-1][3] += 1
+    else:
+        case["query_lens"][-1] -= 1
+    assert what in golden.run_case(case)
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "change"),
+    [
+        ("llada_generate", "", {"temperature": 0.7}),
+        ("llada_generate", "", {"remasking": "random"}),
+        ("dream_samplers", "entropy", {"alg_temp": 0.5}),
+        ("dream_samplers", "entropy", {"alg": "origin"}),
+        ("fast_dllm_dream", "dual_entropy", {"steps": 4}),
+        ("dinfer_fastdllm_llada", "early_stop", {"eos_id": None}),
+        ("cdlm_cad_llada", "", None),
+    ],
+)
+def test_what_cannot_be_the_same_is_declined(file: str, part: str, change: dict[str, Any] | None) -> None:
+    case = case_of(file, part)
+    if change is None:
+        case["commit_forward"][0] = -1
+    elif "eos_id" in change:
+        case["args"]["eos_id"] = case["prompt_ids"][0]
+    else:
+        case["args"].update(change)
+    with pytest.raises(Declined):
+        plan(case, golden.SHIPPED)

@@ -1,0 +1,118 @@
+"""Every recipe loads, validates, builds and runs: on tiny checkpoints where it names a published one, and for a few tokens or steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dllm_toolkit import cli, recipe
+from dllm_toolkit.evaluation.compare import CompareRecipe
+from dllm_toolkit.generate import GenerateRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+DECODE = sorted((ROOT / "recipes" / "decode").glob("*.yaml"))
+VECTORS = ROOT / "tests" / "golden" / "vectors"
+CAUSAL = "model={_component_: fresh, width: 16, layers: 1, heads: 2, attention: causal, shift: 1}"
+
+COMPARE = ("task.size=1", "run.max_new_tokens=6", "run.warm_up=0", "run.device=cpu", "report.tensorboard=false")
+TRAIN = (
+    "trainer.max_steps=2",
+    "trainer.max_minutes=null",
+    "trainer.precision=32-true",
+    "data.size=64",
+    "data.heldout=8",
+    "data.batch_size=2",
+    "export=null",
+)
+TINY = ("model.width=16", "model.layers=1", "model.heads=2", "model.mlp_width=32")
+
+
+def stand_in(model: dict, at: str = "model") -> list[str]:
+    """Overrides that replace a published checkpoint, the node `at`, by a tiny one of its layout."""
+    if "model" in model:  # a wrapper around it
+        return stand_in(model["model"], f"{at}.model")
+    path, adapter = model["path"], model.get("adapter")
+    if path.startswith("asset:"):
+        return ['prompt="How many apples?"']
+    for family in ("dream", "llada"):
+        if family in path.lower():
+            tiny = [f"{at}.path={VECTORS / f'{family}-tiny'}", f"{at}.device=cpu", f"{at}.dtype=float32", "prompt_ids=[60,132,117]"]
+            return tiny + ([f"{at}.adapter={VECTORS / f'lora-{family}-tiny'}"] if adapter else [])
+    return [CAUSAL, "prompt_ids=[3,4,5]"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a recipe that writes elsewhere than its output directory would leave something here
+    tree = recipe.load(path).tree
+    root = cli._root_of(tree)
+    output = tmp_path / "out"
+    if root is GenerateRecipe:
+        command = ["generate", str(path), *stand_in(tree["model"]), "run.max_new_tokens=70", "run.compile=false"]
+    elif root is CompareRecipe:
+        command = ["compare", str(path), *COMPARE, f"output={output}"]
+    else:
+        tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
+        command = ["train", str(path), *TRAIN, *tiny, f"output={output}"]
+    assert cli.main(["show", *command[1:]]) == 0
+    capsys.readouterr()
+    code = cli.main(command)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    if root is CompareRecipe:
+        assert [row["name"] for row in json.loads(out.splitlines()[-1])["rows"]] == list(tree["configurations"])
+    elif root is GenerateRecipe:
+        assert len(out.splitlines()) == 1 and " forwards; " in err
+    assert {item.name for item in tmp_path.iterdir()} <= {"out"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_header_says_what_it_is_and_how_to_run_it(path: Path) -> None:
+    header = [line for line in path.read_text().split("\n\n")[0].splitlines() if line.startswith("#")]
+    text = "\n".join(line.lstrip("# ") for line in header).replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("dllm-toolkit ")]
+    name = str(path.relative_to(ROOT))
+    assert header and any(shlex.split(command)[2] == name for command in commands if len(shlex.split(command)) > 2)
+    for command in commands:
+        for mentioned in re.findall(r"recipes/\S+\.yaml", command):
+            assert (ROOT / mentioned).is_file()
+    if path in DECODE and path.name != "d2f_stories.yaml" and path.name != "autoregressive.yaml":
+        assert any("Numbers: " in line for line in header)
+
+
+# max_new_tokens, block_length, add_at, threshold: the table of arXiv 2508.09192 and its evaluation scripts. 240 is 5 whole blocks of 48.
+D2F = {
+    "d2f_llada_gsm8k": (512, 64, 0.7, 0.9),
+    "d2f_llada_mbpp": (512, 32, 0.9, 0.9),
+    "d2f_llada_humaneval": (512, 32, 0.1, 0.9),
+    "d2f_llada_math": (512, 32, 0.1, 0.9),
+    "d2f_dream_gsm8k": (256, 32, 0.1, 0.9),
+    "d2f_dream_mbpp": (240, 48, 0.1, 0.9),
+    "d2f_dream_humaneval": (256, 32, 0.9, 0.95),
+    "d2f_dream_math": (256, 64, 0.1, 0.9),
+}
+
+
+@pytest.mark.parametrize(("name", "published"), D2F.items())
+def test_d2f_has_the_published_settings(name: str, published: tuple[int, int, float, float]) -> None:
+    path = ROOT / "recipes" / "decode" / f"{name}.yaml"
+    loaded = recipe.load(path)
+    built = loaded.checked(GenerateRecipe).build(GenerateRecipe)
+    schedule, commit = built.decoder.schedule, built.decoder.commit
+    assert (built.run.max_new_tokens, schedule.block_length, schedule.add_at, commit.at_least) == published
+    assert schedule.activate_at == 0.95 and commit.strict and built.decoder.propose.temperature == 0
+    assert loaded.tree["model"]["block_size"] == schedule.block_length and loaded.tree["model"]["dtype"] == "bfloat16"
+    assert type(built.cache).__name__ == "BlockCausalCache"
+
+
+def test_base_recipes_leave_nothing_behind() -> None:
+    """A child that names another decoder starts from that decoder's defaults, not from the base's arguments."""
+    built = recipe.load(ROOT / "recipes/decode/llada_semi_ar.yaml").checked(GenerateRecipe).build(GenerateRecipe)
+    assert built.decoder.schedule.block_length == 8 and built.decoder.propose.defer == ()
+    built = recipe.load(ROOT / "recipes/decode/dparallel_dream.yaml").checked(GenerateRecipe).build(GenerateRecipe)
+    assert built.decoder.commit.at_least == -0.45 and built.decoder.commit.strict and built.decoder.propose.temperature == 0
