@@ -98,12 +98,14 @@ def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
         header = _header(recipe, built, rows, device)
         path = built.output / "ledger.jsonl"
         with ledger.open_ledger(path, header) as book:
-            (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            with ledger.written(built.output / "recipe.yaml"):
+                (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             fill(book, rows, problems, built.task, built.run, device)
     finally:
         torch.set_num_threads(threads)
     header, records = ledger.read(path)
-    summaries = report.write_reports(built.output, header, records, built.report)
+    with ledger.written(built.output):
+        summaries = report.write_reports(built.output, header, records, built.report)
     report.print_table(header, summaries)
     print(
         f"Written to {built.output}: {', '.join(sorted(item.name for item in built.output.iterdir()))}",

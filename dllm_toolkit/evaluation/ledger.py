@@ -205,9 +205,10 @@ class Ledger:
 
     def append(self, batch: Sequence[Record]) -> None:
         lines = b"".join(_line("record", asdict(record)) for record in batch)
-        with _written(self.path):
-            self.stream.write(lines)
-            self.stream.flush()
+        with written(self.path):
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[self.stream.write(rest) :]
             os.fsync(self.stream.fileno())
 
 
@@ -225,14 +226,14 @@ def open_ledger(path: Path, header: Header) -> Iterator[Ledger]:
         # Written aside and renamed: a ledger with half a header never exists, however early the kill.
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
-            with _written(path), fresh.open("wb") as stream:
+            with written(path), fresh.open("wb") as stream:
                 stream.write(_line("header", asdict(header)))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
-    with path.open("r+b") as stream:
+    with path.open("r+b", buffering=0) as stream:  # unbuffered: what a full disk refused is not tried again when the file is closed
         _lock(stream, path)
         if os.fstat(stream.fileno()).st_ino != path.stat().st_ino:  # a run that started in the same moment renamed its file over ours
             raise _busy(path)
@@ -358,7 +359,7 @@ def _busy(path: Path) -> LedgerError:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
+def written(path: Path) -> Iterator[None]:
     """A full disk is the user's to solve: whole batches that are already there stay, and the same command continues."""
     try:
         yield
