@@ -16,7 +16,7 @@ import torch
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
-from dllm_toolkit.decode import decode
+from dllm_toolkit.decode import check_prompts, decode
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import answer_tokens
@@ -102,6 +102,8 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     for key, cache in (("decoder", NoCache()), ("cache", built.cache)):
         with _placed(recipe, key):
             check(model.spec, built.decoder, cache)
+    with _placed(recipe, "run", "max_new_tokens"):
+        check_prompts(model.spec, encoded, [built.run.max_new_tokens] * len(encoded))
     model = model.to(device=device, dtype=dtype)
     answers: list[str] = []
     for start in range(0, len(encoded), built.run.batch_size):
@@ -196,6 +198,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as problem:
         raise GenerateError(f"this is no device, got {name!r}. Write cpu, cuda, cuda:1 or auto.") from problem
+    if device.type not in ("cpu", "cuda"):
+        raise GenerateError(f"this is no device that decoding was tried on, got {name!r}. Write cpu, cuda, cuda:1 or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise GenerateError(
             f"this device is not on this machine, got {name!r}. CUDA devices: {torch.cuda.device_count()}. "

@@ -8,6 +8,7 @@ through `state.parts`. They never mutate, never read the host, and use no random
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from dllm_toolkit.errors import ToolkitError
@@ -29,6 +30,9 @@ class Part(abc.ABC):
 
     cite: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
+        """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""
 
     def init(self, state: State) -> PyTree:
         """The part's own state before the first step; () if it remembers nothing."""
@@ -106,16 +110,16 @@ class Decoder(abc.ABC):
     @abc.abstractmethod
     def step(self, engine: Engine, state: State) -> State: ...
 
+    def members(self) -> list[Part | Decoder]:
+        """This decoder, its parts, and theirs: rules may hold rules."""
+        found: list[Part | Decoder] = [self]
+        for one in found:
+            found += [value for value in vars(one).values() if isinstance(value, Part | Decoder)]
+        return found
+
     def requirements(self) -> frozenset[Need]:
         """Everything this decoder, with its parts, asks of a model."""
-        needs = set(self.needs)
-        waiting = list(vars(self).values())
-        while waiting:  # rules may hold rules
-            value = waiting.pop()
-            if isinstance(value, Part | Decoder):
-                needs |= value.needs
-                waiting += vars(value).values()
-        return frozenset(needs)
+        return frozenset().union(*(one.needs for one in self.members()))
 
 
 for _kind, _base in (
@@ -135,13 +139,13 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
     A block-causal cache on a model with full attention, or a mask-filling decoder on an autoregressive model, would run and give
     numbers that mean nothing.
     """
-    for what, part, needs in (
-        ("decoder", decoder, decoder.requirements()),
-        ("cache", cache, cache.needs),
-    ):
-        for need in sorted(needs, key=lambda item: item.name):
+    for member in (*decoder.members(), cache):
+        for need in sorted(member.needs, key=lambda item: item.name):
             if not need.met_by(spec):
-                name = name_of(part) or type(part).__name__
+                what = "cache" if member is cache else "decoder"
+                name = name_of(member) or type(member).__name__
+                if isinstance(member, Part):
+                    name = f"with its part {name}"
                 advice = {
                     Need.BLOCK_CAUSAL: "Write cache: none, prefix or dual, or load the model with attention: block_causal.",
                     Need.BIDIRECTIONAL: "Write decoder: autoregressive, or choose a masked diffusion model.",
@@ -151,3 +155,16 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
                     f"the {what} {name} does not fit the model, got attention={spec.attention} shift={spec.shift}. "
                     f"It needs {need.value}. {advice}"
                 )
+    for member in decoder.members():
+        if isinstance(member, Part):
+            member.check_model(spec)
+
+
+def check_ids(spec: ModelSpec, name: str, ids: Iterable[int | str]) -> None:
+    """Are these special ids rows of the vocabulary? "eos" stands for the model's own and always is."""
+    for one in ids:
+        if one != "eos" and not 0 <= int(one) < spec.vocab_size:
+            raise DecodeError(
+                f"{name} names an id outside the vocabulary, got {one} with {spec.vocab_size} rows. It is compared with token ids. "
+                f'Write "eos", or an id below {spec.vocab_size}.'
+            )

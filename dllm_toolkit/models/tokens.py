@@ -18,7 +18,13 @@ def load_tokenizer(directory: Path) -> Any:
     if (directory / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(directory))
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+            raise CheckpointError(
+                f"{directory / 'tokenizer.json'} cannot be read, got {str(error).splitlines()[0]}. Without it text cannot be encoded. "
+                "Copy the tokenizer's files again from their source."
+            ) from error
     if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         from transformers import Qwen2Tokenizer
 

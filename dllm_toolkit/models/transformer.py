@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,23 @@ class TransformerConfig:
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.width // self.heads)
+            object.__setattr__(self, "head_dim", self.width // self.heads if self.heads else 0)
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        sizes = ("vocab_size", "width", "layers", "heads", "mlp_width", "kv_heads", "head_dim", "max_positions", "rope_theta", "block_size")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ModelError(f"{name} must be above 0, got {value}. It is a size of the model. Write {name}: with a positive number.")
+        if self.attention not in get_args(Attention) or self.block_anchor not in get_args(BlockAnchor) or self.shift not in (0, 1):
+            raise ModelError(
+                f"unknown attention, block_anchor or shift, got {self.attention!r}, {self.block_anchor!r} and {self.shift!r}. They decide "
+                "who sees whom. Write attention: full, block_causal or causal; block_anchor: prompt or absolute; shift: 0 or 1."
+            )
+        if any(not 0 <= one < self.vocab_size for one in self.eos_ids):
+            raise ModelError(
+                f"eos_ids must be rows of the vocabulary, got {list(self.eos_ids)} with vocab_size={self.vocab_size}. They end a text. "
+                "Use the config.json that came with the weights."
+            )
         assert self.kv_heads is not None and self.head_dim is not None
         if self.heads % self.kv_heads:
             raise ModelError(

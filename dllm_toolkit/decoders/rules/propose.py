@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_toolkit.decoders.base import DecodeError, Propose
+from dllm_toolkit.decoders.base import DecodeError, Propose, check_ids
 from dllm_toolkit.ops import lanes, noise, sample, score
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Answer, Proposal, State
+from dllm_toolkit.types import ModelSpec
 
 Score = Literal["probability", "margin", "negative_entropy", "random"]
 Special = int | Literal["eos"]
@@ -50,12 +51,19 @@ class Sample(Propose):
                 f"order_temperature must be 0 or more, got {self.order_temperature}. 0 commits in the order of the score. "
                 "Write order_temperature: 0.1."
             )
-        if self.temperature < 0:
-            raise DecodeError(f"temperature must be 0 or more, got {self.temperature}. 0 is the argmax. Write temperature: 0.7.")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4):
+            raise DecodeError(
+                f"temperature must be 0 or between 0.0001 and 10000, got {self.temperature}. 0 is the argmax; beyond these bounds logits "
+                "divided by it leave float32. Write temperature: 0.7."
+            )
         if not 0 < self.top_p <= 1:
             raise DecodeError(f"top_p must be in (0, 1], got {self.top_p}. It is a probability mass. Write top_p: 0.95.")
         if self.top_k < 0:
             raise DecodeError(f"top_k must be 0 (off) or more, got {self.top_k}. It is a number of tokens. Write top_k: 50.")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        check_ids(spec, "suppress", self.suppress)
+        check_ids(spec, "defer", self.defer)
 
     def __call__(self, answer: Answer, state: State) -> Proposal:
         spec = state.spec

@@ -70,6 +70,9 @@ class SemiAutoregressive(Schedule):
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 1:
             raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+        for name in ("hold", "step_cap"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise DecodeError(f"{name} must be 1 or more, got {getattr(self, name)}. It counts steps of an answer. Write {name}: 64.")
         if self.least_steps < 1:
             raise DecodeError(f"least_steps must be 1 or more, got {self.least_steps}. It counts steps of a block. Write least_steps: 1.")
 
