@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Region, State
-from dllm_toolkit.types import Canvas, Need, PyTree, Rows
+from dllm_toolkit.types import Canvas, Need, PyTree
 
 
 @register("cache", "none")
@@ -30,7 +32,7 @@ class NoCache(Cache):
         return Plan(region.visible, region.visible)
 
 
-def _moved(region: Region, own: Rows) -> Canvas:
+def _moved(region: Region, own: Int[Tensor, "B"]) -> Canvas:
     return (region.epoch != own).unsqueeze(1)
 
 
