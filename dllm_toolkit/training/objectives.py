@@ -67,7 +67,7 @@ class Objective(abc.ABC):
 
     def teach(self, model: Transformer, batch: Batch, view: View) -> Float[Tensor, "B L V"]:
         """Logits of the frozen teacher; called without gradient and with the adapter off, only if `needs_teacher`."""
-        raise NotImplementedError
+        raise ObjectiveError("this objective has no teacher. Nothing was distilled. Ask only where `needs_teacher` is true.")
 
     @abc.abstractmethod
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
