@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm_toolkit.decoders.base import Commit, DecodeError, Stop, check_ids
+from dllm_toolkit.decoders.base import Commit, DecodeError, Stop
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.propose import Sample, Special
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
@@ -25,7 +25,7 @@ from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.ops import select
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Proposal, Region, State
-from dllm_toolkit.types import Canvas, ModelSpec
+from dllm_toolkit.types import Canvas
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,6 @@ class Adaptive(Commit):
 
         if self.max_steps is not None and self.max_steps < 1:
             raise DecodeError(f"max_steps must be 1 or more, got {self.max_steps}. It counts steps of a block. Write max_steps: 32.")
-
-    def check_model(self, spec: ModelSpec) -> None:
-        check_ids(spec, "late", self.late)
 
     def init(self, state: State) -> StepsInBlock:
         nothing = torch.zeros_like(state.begin)

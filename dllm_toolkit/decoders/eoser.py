@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_toolkit.decoders.ascending_steps import Ascending, doublings
-from dllm_toolkit.decoders.base import Commit, DecodeError, Stop, check_ids
+from dllm_toolkit.decoders.base import Commit, DecodeError, Stop
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.commit import Progress, Quota
 from dllm_toolkit.decoders.rules.propose import Sample, Special
@@ -33,7 +33,7 @@ from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.ops.select import ensure_progress
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Proposal, Region, State
-from dllm_toolkit.types import Canvas, ModelSpec, PyTree
+from dllm_toolkit.types import Canvas, PyTree
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,6 @@ class RejectEarly(Commit):
             )
         if self.steps is not None and self.steps < 1:
             raise DecodeError(f"steps must be 1 or more, got {self.steps}. It counts forwards of a whole answer. Write steps: 64.")
-
-    def check_model(self, spec: ModelSpec) -> None:
-        check_ids(spec, "late", self.late)
 
     def init(self, state: State) -> Rejection:
         return Rejection(Progress.begin(state), self.rule.init(state))

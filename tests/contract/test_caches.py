@@ -54,9 +54,10 @@ def test_toys_are_spread_and_end() -> None:
 def test_training_mask_and_decoding_agree(build: object, seed: int) -> None:
     """C6: dense logits under the training mask are the logits that the engine saw under the block-causal cache, at every step."""
     model = tiny_transformer(2, "block_causal", 0, seed)
+    reused = False
     for batch in (unequal(), infill()):
         recording = record(model, build(), cache("block_causal").build(), batch)  # type: ignore[operator]
-        assert any(bool((ask.plan.visible & ~ask.computed).any()) for ask in recording.asks), "nothing came from the cache"
+        reused |= any(bool((ask.plan.visible & ~ask.computed).any()) for ask in recording.asks)
         for ask in recording.asks:
             block, state = ask.region.block, ask.state
             inside = state.positions < state.end.unsqueeze(1)
@@ -66,6 +67,7 @@ def test_training_mask_and_decoding_agree(build: object, seed: int) -> None:
             # The blocks are those that training uses.
             size = build().schedule.block_length  # type: ignore[operator]
             assert torch.equal(block, masks.answer_blocks(state.begin, block.shape[1], size))
+    assert reused, "nothing came from the cache"
 
 
 @pytest.mark.parametrize("name", ["prefix", "dual"])
