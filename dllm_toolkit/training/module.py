@@ -52,7 +52,7 @@ class DiffusionModule(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
         self.average = Average(model, ema) if ema is not None else None
-        self.batches = 0  # micro-batches consumed, over all sessions of the run
+        self.batches = 0  # micro-batches consumed, over all processes of the run
         self.elapsed = 0.0  # seconds of training before this process
         self.validation_loss: float | None = None
         self.last_loss: Tensor | None = None

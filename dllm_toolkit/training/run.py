@@ -37,7 +37,7 @@ class TrainError(ToolkitError):
 class TrainerSettings:
     """How long, where and how precisely to train. The run ends at max_steps or max_minutes, whichever comes first.
 
-    max_minutes: wall minutes of training, compilation and validation included, over all sessions of a resumed run; the learning rate
+    max_minutes: wall minutes of training, compilation and validation included, over all processes of a resumed run; the learning rate
     anneals by the larger of step share and time share. accumulate: batches for each optimiser step. validate_every, checkpoint_every
     and log_every count optimiser steps; validate_every 0 validates only at the end.
     """
