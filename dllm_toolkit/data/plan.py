@@ -223,9 +223,9 @@ _COMPARISONS = frozenset(name for name, step in STEPS.items() if step.to == "pai
 Event = tuple[str, Step, Numbers]
 
 
-def plan(draw: Draw) -> tuple[list[Event], Situation] | None:
-    """One walk of 2..5 equations, or None when it ran into a dead end (the caller draws again)."""
-    target = draw.pick((2, 3, 3, 4, 4, 4, 5, 5, 5, 5))
+def plan(draw: Draw, targets: Sequence[int] = (2, 3, 3, 4, 4, 4, 5, 5, 5, 5)) -> tuple[list[Event], Situation] | None:
+    """One walk of as many equations as one of `targets` says, or None when it ran into a dead end (the caller draws again)."""
+    target = draw.pick(targets)
     now = Situation()
     events: list[Event] = []
     used: set[str] = set()

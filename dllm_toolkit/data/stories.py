@@ -1,10 +1,17 @@
 """Story arithmetic: GSM8K (Cobbe et al. 2021) in miniature, generated, for models of a few million weights.
 
-A story is a word problem of 2 to 5 dependent steps, a worked solution with one equation a step, and `The
-answer is N.` Why not a harder task: a laptop must show what a decoder does to a model that is otherwise
-right. Why not a simpler one: a bidirectional model reads a short answer straight off the question, so the
-damage of decoding in parallel shows only in the worked steps. Hence four graders: the final answer, the
-equations, the steps, and the exact solution.
+A story is a word problem of dependent steps, a worked solution with one equation a step, and `The answer is
+N.` It comes in two styles:
+
+    terse    2 to 5 steps; the question's words decide the solution's words. `Question: ... Answer:`
+    worded   3 to 7 steps; each is told in one of ten ways, whatever the question (data/worded.py). `Question: ... Explain:`
+
+Why not harder tasks: a laptop must show what a decoder does to a model that is otherwise right. Why not
+simpler ones: a bidirectional model reads a short answer straight off the question, so the damage of decoding
+in parallel shows only in the worked steps. Hence four graders: the final answer, the equations, the steps,
+and the exact solution (worded: a solution in any of the wordings). The terse style is right or wrong in
+the same way however it is decoded; the worded one is where decoding rules differ, because tokens that are
+committed together may belong to different wordings.
 
 Train and held-out stories are disjoint by construction: a hash of a story's sequence of equations, without
 its words, decides the split, so no held-out story repeats the arithmetic of any training story in other
@@ -26,7 +33,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dllm_toolkit.data import templates
+from dllm_toolkit.data import templates, worded
 from dllm_toolkit.data.plan import ASKS, Draw, Event, Situation, plan
 from dllm_toolkit.data.tokenizer import EOS, PAD, build_tokenizer, encode, split_words, vocabulary
 
@@ -34,16 +41,19 @@ if TYPE_CHECKING:
     import numpy
 
 __all__ = [
-    "ANSWER_LENGTH", "PROMPT_LENGTH", "Split", "Story", "build_tokenizer", "equations", "final_answer",
+    "ANSWER_LENGTH", "LENGTHS", "PROMPT_LENGTH", "Split", "Story", "Style", "build_tokenizer", "equations", "final_answer",
     "format_prompt", "grade_answer", "grade_equations", "grade_exact", "grade_steps", "split_of", "story",
     "token_arrays",
 ]  # fmt: skip
 
 Split = Literal["train", "heldout"]
+Style = Literal["terse", "worded"]
 PROMPT_LENGTH = 80
-"""Most tokens that a prompt has."""
+"""Most tokens that a terse prompt has."""
 ANSWER_LENGTH = 80
-"""Most tokens that a solution has with its end token."""
+"""Most tokens that a terse solution has with its end token."""
+LENGTHS: dict[Style, tuple[int, int]] = {"terse": (PROMPT_LENGTH, ANSWER_LENGTH), "worded": (112, 128)}
+"""Of each style: most tokens of a prompt, and of a solution with its end token."""
 HELDOUT_OF = 10
 """One in so many stories is held out."""
 CHUNK = 1024
@@ -53,7 +63,8 @@ CHUNK = 1024
 class Story:
     """A word problem. `solution` starts with a space, so that prompt + solution is running text.
 
-    `key` is the sequence of its equations, which decides its split; `steps` counts them.
+    `key` is the sequence of its equations, which decides its split; `steps` counts them. A worded solution is
+    one of many right ones.
     """
 
     question: str
@@ -61,6 +72,7 @@ class Story:
     answer: int
     steps: int
     key: str
+    style: Style = "terse"
 
 
 def split_of(key: str) -> Split:
@@ -68,17 +80,20 @@ def split_of(key: str) -> Split:
     return "heldout" if zlib.crc32(key.encode()) % HELDOUT_OF == 0 else "train"
 
 
-def story(seed: int, index: int, split: Split) -> Story:
-    """Story number `index` of the endless sequence that `seed` makes for `split`, always the same one."""
+def story(seed: int, index: int, split: Split, style: Style = "terse") -> Story:
+    """Story number `index` of the endless sequence that `seed` makes for `split` and `style`, always the same one."""
     if split not in get_args(Split):
         raise ValueError(
             f"unknown split, got {split!r}. Stories are drawn for training or held out. "
             "Write 'train' or 'heldout'."
         )
-    digest = blake2b(f"story/{seed}/{index}/{split}".encode(), digest_size=8).digest()
-    draw = Draw(int.from_bytes(digest, "little"))
+    if style not in get_args(Style):
+        raise ValueError(f"unknown style, got {style!r}. It says how solutions are told. Write 'terse' or 'worded'.")
+    name = f"story/{seed}/{index}/{split}" if style == "terse" else f"story/{style}/{seed}/{index}/{split}"
+    draw = Draw(int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little"))
+    prompt_length, answer_length = LENGTHS[style]
     while True:
-        walk = plan(draw)
+        walk = plan(draw) if style == "terse" else plan(draw, worded.TARGETS)
         if walk is None:
             continue
         events, end = walk
@@ -86,10 +101,16 @@ def story(seed: int, index: int, split: Split) -> Story:
         if split_of(key) != split:
             continue
         question, solution = _tell(events, end, draw)
-        drawn = Story(question, solution, end.value, len(end.equations), key)
-        prompt_fits = len(split_words(format_prompt(drawn))) <= PROMPT_LENGTH
-        if prompt_fits and len(split_words(solution)) < ANSWER_LENGTH:
+        if style == "worded":
+            solution = worded.tell([(a, op, b, _result(a, op, b)) for a, op, b in end.equations], draw.pick)
+        drawn = Story(question, solution, end.value, len(end.equations), key, style)
+        prompt_fits = len(split_words(format_prompt(drawn))) <= prompt_length
+        if prompt_fits and len(split_words(solution)) < answer_length:
             return drawn
+
+
+def _result(a: int, op: str, b: int) -> int:
+    return a + b if op == "+" else a - b if op == "-" else a * b if op == "x" else a // b
 
 
 def _tell(events: list[Event], end: Situation, draw: Draw) -> tuple[str, str]:
@@ -152,7 +173,8 @@ def _tell_step(
 
 def format_prompt(story: Story) -> str:
     """The text before the solution; it ends exactly where the solution starts."""
-    return templates.PROMPT.format(question=story.question)
+    form = templates.PROMPT if story.style == "terse" else worded.PROMPT
+    return form.format(question=story.question)
 
 
 # --- graders: `text` is what a model wrote after the prompt, with or without what it wrote after the end
@@ -207,7 +229,9 @@ def grade_steps(text: str, story: Story) -> tuple[int, int]:
 
 
 def grade_exact(text: str, story: Story) -> bool:
-    """Whether the text is the reference solution, surrounding white space aside."""
+    """Whether the text is the reference solution (worded: or the same steps in other wordings), surrounding white space aside."""
+    if story.style == "worded":
+        return worded.matches(text, equations(story.solution))
     return text.strip() == story.solution.strip()
 
 
@@ -219,30 +243,35 @@ def token_arrays(
     size: int,
     seed: int,
     workers: int = 0,
-    prompt_length_max: int = PROMPT_LENGTH,
-    answer_length: int = ANSWER_LENGTH,
+    prompt_length_max: int | None = None,
+    answer_length: int | None = None,
+    style: Style = "terse",
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Stories 0..size-1 of `seed` as token ids.
 
     Returns (tokens uint16 [size, prompt_length_max + answer_length], prompt_lengths int16 [size]). A row is
     the prompt, then an answer region of exactly `answer_length` tokens (the solution, then end tokens),
-    then padding. `workers` processes share the work (0: this process); the result does not depend on their
-    number. They are spawned, so a script that calls this needs the usual `if __name__ == "__main__":`.
+    then padding; both lengths default to the longest of the style. `workers` processes share the work (0:
+    this process); the result does not depend on their number. They are spawned, so a script that calls this
+    needs the usual `if __name__ == "__main__":`.
     """
     import numpy
 
-    if prompt_length_max < PROMPT_LENGTH or answer_length < ANSWER_LENGTH:
+    longest = LENGTHS[style]
+    prompt_length_max = longest[0] if prompt_length_max is None else prompt_length_max
+    answer_length = longest[1] if answer_length is None else answer_length
+    if prompt_length_max < longest[0] or answer_length < longest[1]:
         raise ValueError(
             f"rows too short for a story, got prompt_length_max={prompt_length_max} and "
             f"answer_length={answer_length}. Nothing is cut off silently. "
-            f"Write at least {PROMPT_LENGTH} and {ANSWER_LENGTH}."
+            f"Write at least {longest[0]} and {longest[1]}."
         )
     if size < 0 or workers < 0:
         raise ValueError(f"size and workers count things, got {size} and {workers}. Write 0 or more.")
     tokens = numpy.empty((size, prompt_length_max + answer_length), dtype=numpy.uint16)
     prompt_lengths = numpy.empty(size, dtype=numpy.int16)
     starts = range(0, size, CHUNK)
-    make = partial(_chunk, split, size, seed, prompt_length_max, answer_length)
+    make = partial(_chunk, split, size, seed, prompt_length_max, answer_length, style)
     for start, (rows, lengths) in zip(starts, _map(make, starts, workers), strict=True):
         tokens[start : start + len(rows)] = rows
         prompt_lengths[start : start + len(rows)] = lengths
@@ -259,7 +288,7 @@ def _map(make: partial, starts: range, workers: int) -> Iterator[tuple[numpy.nda
 
 
 def _chunk(
-    split: Split, size: int, seed: int, prompt_length_max: int, answer_length: int, start: int
+    split: Split, size: int, seed: int, prompt_length_max: int, answer_length: int, style: Style, start: int
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     import numpy
 
@@ -268,7 +297,7 @@ def _chunk(
     rows = numpy.full((stop - start, prompt_length_max + answer_length), table[PAD], dtype=numpy.uint16)
     lengths = numpy.empty(stop - start, dtype=numpy.int16)
     for row, index in enumerate(range(start, stop)):
-        drawn = story(seed, index, split)
+        drawn = story(seed, index, split, style)
         prompt, solution = encode(format_prompt(drawn)), encode(drawn.solution)
         begin = len(prompt)
         rows[row, :begin] = prompt
@@ -288,9 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--split", choices=get_args(Split), default="heldout", help="which split, default heldout"
     )
+    parser.add_argument("--style", choices=get_args(Style), default="terse", help="how solutions are told, default terse")
     options = parser.parse_args(arguments)
     for index in range(options.show):
-        drawn = story(options.seed, index, options.split)
+        drawn = story(options.seed, index, options.split, options.style)
         print(f"{format_prompt(drawn)}\n   {drawn.solution}\n")
     return 0
 

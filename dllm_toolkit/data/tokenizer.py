@@ -16,7 +16,7 @@ from functools import cache
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from dllm_toolkit.data import templates
+from dllm_toolkit.data import templates, worded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def _literal(template: str) -> str:
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """Token to id: the special tokens first, then every word that a story can contain, sorted."""
+    """Token to id: the special tokens, then every word of the terse style, sorted, then what the worded style adds, sorted."""
     sides = (side for wordings in templates.ALL_WORDINGS for wording in wordings for side in wording)
     sentences = [_literal(side) for side in sides if side]
     sentences += [_literal(templates.CLOSING)]
@@ -52,7 +52,8 @@ def vocabulary() -> dict[str, int]:
     words = {word for sentence in (*sentences, *fillers) for word in split_words(" " + sentence)}
     words.update(split_words(_literal(templates.PROMPT)))
     words.update(form for digit in range(10) for form in (f"{digit}", f" {digit}"))
-    return {word: index for index, word in enumerate((*SPECIALS, *sorted(words)))}
+    added = {word for sentence in worded.literals() for word in split_words(sentence)} - words
+    return {word: index for index, word in enumerate((*SPECIALS, *sorted(words), *sorted(added)))}
 
 
 def encode(text: str) -> list[int]:

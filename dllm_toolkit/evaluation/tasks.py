@@ -57,15 +57,17 @@ registry.declare("task", Task)
 @registry.register("task", "stories")
 @dataclass(frozen=True)
 class StoryArithmetic(Task):
-    """Story arithmetic: word problems of two to five dependent steps, one token a digit (see data/stories.py).
+    """Story arithmetic: word problems of dependent steps, one token a digit (see data/stories.py).
 
-    size: how many problems. seed: which ones; the same seed gives the same problems on every machine. split: `heldout` shares no story
-    with `train`, by construction.
+    style: `terse`, 2 to 5 steps and wording that follows the question's; `worded`, 3 to 7 steps, each told in one of ten ways, all of them
+    right (a solution is exact if it has the right steps in any wording). size: how many problems. seed: which ones; the same seed gives
+    the same problems on every machine. split: `heldout` shares no story with `train`, by construction.
     """
 
     size: int = 32
     seed: int = 0
     split: Literal["train", "heldout"] = "heldout"
+    style: Literal["terse", "worded"] = "terse"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -75,7 +77,8 @@ class StoryArithmetic(Task):
 
     @cached_property
     def _stories(self) -> dict[str, stories.Story]:
-        return {f"{self.split}-{self.seed}-{index}": stories.story(self.seed, index, self.split) for index in range(self.size)}
+        name = self.split if self.style == "terse" else f"{self.style}-{self.split}"
+        return {f"{name}-{self.seed}-{index}": stories.story(self.seed, index, self.split, self.style) for index in range(self.size)}
 
     def problems(self) -> Sequence[Problem]:
         return tuple(

@@ -60,6 +60,11 @@ class Source:
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
+    @property
+    def size(self) -> str:
+        """How much there is, for people."""
+        return f"{self.tokens.shape[0]} rows of {self.tokens.shape[1]} tokens"
+
     def batch(self, index: int) -> Batch:
         """Batch number `index` (from 0, over all epochs) of this rank."""
         epoch, within = divmod(index, self.batches_per_epoch)
@@ -81,6 +86,25 @@ class Source:
         return [self.rows(part) for part in indices.split(self.batch_size)]
 
 
+class Rotation:
+    """Several sources in turn: batch i comes from source i modulo their number, so every batch is of one shape."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = parts
+        self.batches_per_epoch = len(parts) * min(part.batches_per_epoch for part in parts)
+
+    @property
+    def size(self) -> str:
+        return " and ".join(part.size for part in self.parts)
+
+    def batch(self, index: int) -> Batch:
+        turn, which = divmod(index, len(self.parts))
+        return self.parts[which].batch(turn)
+
+    def all_batches(self) -> list[Batch]:
+        return [batch for part in self.parts for batch in part.all_batches()]
+
+
 class Stream:
     """An endless iterable of training batches that starts where the module says: the loader of the Trainer.
 
@@ -88,7 +112,7 @@ class Stream:
     fetch ahead.
     """
 
-    def __init__(self, source: Source, start: Callable[[], int]) -> None:
+    def __init__(self, source: Source | Rotation, start: Callable[[], int]) -> None:
         self.source, self.start = source, start
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,7 +145,7 @@ class Data(abc.ABC):
         """The tokenizer whose ids the rows hold."""
 
     @abc.abstractmethod
-    def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source, Source]:
+    def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source | Rotation, Source | Rotation]:
         """Training rows and held-out rows, on `device`."""
 
     @abc.abstractmethod
@@ -153,8 +177,9 @@ def fold(seed: int, *numbers: int) -> int:
 class StoryData(Data):
     """Story arithmetic (data/stories.py): `size` training problems and `heldout` others, disjoint by construction.
 
-    Rows are `[prompt | solution EOS EOS ...]` with an answer of `answer_length` tokens. `data_seed` picks the problems; the order in
-    which they come follows the run's seed. `workers`: processes that write them; 0 is this process, None one for each core if many.
+    Rows are `[prompt | solution EOS EOS ...]` with an answer of `answer_length` tokens. `style`: `terse`, or `worded`, which needs an
+    answer of 128 and a prompt of 112. `data_seed` picks the problems; the order in which they come follows the run's seed. `workers`: processes
+    that write them; 0 is this process, None one for each core if many.
     """
 
     size: int = 100_000
@@ -164,6 +189,7 @@ class StoryData(Data):
     prompt_length_max: int = 80
     data_seed: int = 0
     workers: int | None = None
+    style: Literal["terse", "worded"] = "terse"
 
     def __post_init__(self) -> None:
         for name in ("size", "heldout", "batch_size", "answer_length", "prompt_length_max"):
@@ -175,17 +201,18 @@ class StoryData(Data):
             raise DataError(f"data_seed must not be negative, got {self.data_seed}. It picks the problems. Write data_seed: 0.")
 
     def check(self, max_positions: int) -> None:
-        from dllm_toolkit.data.stories import ANSWER_LENGTH, PROMPT_LENGTH
+        from dllm_toolkit.data.stories import LENGTHS
 
         if self.size < self.batch_size:
             raise DataError(
                 f"there are fewer problems than one batch holds, got size {self.size} and batch_size {self.batch_size}. An epoch would be "
                 f"empty. Write size: {self.batch_size} or more."
             )
-        for name, least in (("prompt_length_max", PROMPT_LENGTH), ("answer_length", ANSWER_LENGTH)):
+        for name, least in zip(("prompt_length_max", "answer_length"), LENGTHS[self.style], strict=True):
             if getattr(self, name) < least:
                 raise DataError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}. Stories are that long. Write {name}: {least}."
+                    f"{name} must be at least {least}, got {getattr(self, name)}. Stories of style {self.style} are that long. "
+                    f"Write {name}: {least}."
                 )
         if self.prompt_length_max + self.answer_length > max_positions:
             raise DataError(
@@ -212,6 +239,7 @@ class StoryData(Data):
             automatic if self.workers is None else self.workers,
             prompt_length_max=self.prompt_length_max,
             answer_length=self.answer_length,
+            style=self.style,
         )
 
     def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source, Source]:
@@ -236,7 +264,7 @@ class StoryData(Data):
         from dllm_toolkit.data import stories
 
         tokenizer = self.tokenizer()
-        problems = [stories.story(self.data_seed, index, "heldout") for index in range(count)]
+        problems = [stories.story(self.data_seed, index, "heldout", self.style) for index in range(count)]
         return [
             Example(
                 tokenizer.encode(stories.format_prompt(problem), add_special_tokens=False),
@@ -245,6 +273,46 @@ class StoryData(Data):
             )
             for problem in problems
         ]
+
+
+@register("data", "alternating")
+@dataclass(frozen=True)
+class AlternatingData(Data):
+    """Several kinds of data in turn, a batch of each: rows of different lengths without padding one to the other.
+
+    All parts must speak one tokenizer and have one batch size; an epoch ends with the part that has the fewest batches.
+    """
+
+    parts: tuple[Data, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise DataError("parts is empty. There is nothing to alternate. Write at least one kind of data.")
+        if len({part.batch_size for part in self.parts}) > 1:
+            sizes = [part.batch_size for part in self.parts]
+            raise DataError(f"the parts differ in batch_size, got {sizes}. Every step should count the same. Write one number for all.")
+        if len({frozenset(part.tokenizer().get_vocab().items()) for part in self.parts}) > 1:
+            raise DataError("the parts have different tokenizers. One model reads them all. Use data of one tokenizer.")
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return self.parts[0].batch_size
+
+    def check(self, max_positions: int) -> None:
+        for part in self.parts:
+            part.check(max_positions)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.parts[0].tokenizer()
+
+    def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Rotation, Rotation]:
+        made = [part.sources(device, fold(seed, number) >> 32, rank, world) for number, part in enumerate(self.parts)]
+        return Rotation([train for train, _ in made]), Rotation([heldout for _, heldout in made])  # type: ignore[misc]
+
+    def examples(self, count: int) -> list[Example]:
+        """The parts' first problems in turn."""
+        share = -(-count // len(self.parts))
+        return [one for group in zip(*(part.examples(share) for part in self.parts), strict=True) for one in group][:count]
 
 
 def _graded(problem: object, text: str) -> bool:

@@ -21,7 +21,7 @@ from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
-from dllm_toolkit.training.data import Data, Fixed, Source, Stream
+from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.export import export, write_card
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.module import DiffusionModule
@@ -134,7 +134,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     device = trainer.strategy.root_device
     _say(f"making {type(built.data).__name__} on {device}")
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
-    _say(f"{train.tokens.shape[0]} rows of {train.tokens.shape[1]} tokens, {train.batches_per_epoch} batches an epoch")
+    _say(f"{train.size}, {train.batches_per_epoch} batches an epoch")
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)
@@ -284,7 +284,9 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
         )
 
 
-def _finish(recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: DiffusionModule, train: Source, validation: list) -> None:
+def _finish(
+    recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: DiffusionModule, train: Source | Rotation, validation: list
+) -> None:
     """The last validation, the checkpoint, the export and its card. Rank 0 writes."""
     device = trainer.strategy.root_device
     module.to(device)
@@ -324,7 +326,7 @@ def _finish(recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: Dif
                 "objective": repr(built.objective),
                 "steps": trainer.global_step,
                 "sequences": sequences,
-                "row_length": train.tokens.shape[1],
+                "rows": train.size,
                 "seconds": round(module.seconds, 1),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
                 "devices": trainer.world_size,

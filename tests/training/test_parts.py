@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_toolkit.training.data import DataError, Source, Stream, fold
+from dllm_toolkit.training.data import AlternatingData, DataError, Source, StoryData, Stream, fold
 from dllm_toolkit.training.ema import Average
 from dllm_toolkit.training.optim import AdamW, Constant, Cosine
 
@@ -88,3 +88,30 @@ def test_too_few_rows_for_a_batch() -> None:
 def test_fold_gives_unrelated_seeds() -> None:
     seeds = {fold(seed, step, kind) for seed in range(5) for step in range(50) for kind in range(3)}
     assert len(seeds) == 750 and all(0 <= seed < 1 << 63 for seed in seeds) and fold(1, 2, 3) != fold(1, 3, 2)
+
+
+def test_alternating_data_gives_a_batch_of_each_part_in_turn() -> None:
+    terse = StoryData(size=32, heldout=8, batch_size=8, workers=0)
+    worded = StoryData(size=48, heldout=8, batch_size=8, workers=0, style="worded", answer_length=128, prompt_length_max=112)
+    both = AlternatingData((terse, worded))
+    train, heldout = both.sources(torch.device("cpu"), seed=3)
+    assert train.batches_per_epoch == 8
+    lengths = [train.batch(index).answer_length for index in range(6)]
+    assert lengths == [80, 128] * 3
+    assert torch.equal(train.batch(5).tokens, train.batch(5).tokens) and not torch.equal(train.batch(1).tokens, train.batch(3).tokens)
+    assert [batch.answer_length for batch in heldout.all_batches()] == [80, 128]
+    texts = [example.text for example in both.examples(5)]
+    assert [text.endswith("Explain:") for text in texts] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"), [((), "parts is empty"), ((StoryData(batch_size=8), StoryData(batch_size=4)), "differ in batch_size")]
+)
+def test_alternating_data_refuses_what_does_not_go_together(parts: tuple[StoryData, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        AlternatingData(parts)
+
+
+def test_worded_rows_are_refused_where_they_would_be_cut() -> None:
+    with pytest.raises(DataError, match="style worded"):
+        StoryData(style="worded").check(512)

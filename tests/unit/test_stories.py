@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_toolkit.data import stories, templates, tokenizer
+from dllm_toolkit.data import stories, templates, tokenizer, worded
 from dllm_toolkit.data.plan import ENDINGS, STEPS, VALUE_MAX, VALUE_MIN
 from dllm_toolkit.data.stories import Story, story
 
@@ -27,8 +27,8 @@ PINNED = (
 
 
 @cache
-def some(split: str, count: int = COUNT) -> list[Story]:
-    return [story(7, index, split) for index in range(count)]
+def some(split: str, count: int = COUNT, style: str = "terse") -> list[Story]:
+    return [story(7, index, split, style) for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_wording_is_rich_and_decides_the_solution():
 
 
 def test_every_token_of_the_vocabulary_is_used():
-    texts = (stories.format_prompt(drawn) + drawn.solution for drawn in some("train"))
+    texts = (stories.format_prompt(drawn) + drawn.solution for drawn in (*some("train"), *some("train", 2000, "worded")))
     seen = {token for text in texts for token in tokenizer.encode(text)}
     words = tokenizer.vocabulary()
     # No number of a story starts with 0, but a model's answer and a reader's own problem may have one.
@@ -121,6 +121,45 @@ def test_tokenizer_round_trip(fast_tokenizer):
         assert fast_tokenizer.unk_token_id not in ids
         assert ids == fast_tokenizer.encode(prompt) + fast_tokenizer.encode(drawn.solution)
         assert ids == tokenizer.encode(text)
+
+
+def test_worded_stories_fit_share_no_arithmetic_and_round_trip(fast_tokenizer):
+    terse = {drawn.key for drawn in some("train")}
+    for split in ("train", "heldout"):
+        for drawn in some(split, 1000, "worded"):
+            prompt = stories.format_prompt(drawn)
+            assert prompt.endswith(" Explain:") and 3 <= drawn.steps <= 7
+            assert len(tokenizer.encode(prompt)) <= stories.LENGTHS["worded"][0]
+            assert len(tokenizer.encode(drawn.solution)) + 1 <= stories.LENGTHS["worded"][1]
+            assert fast_tokenizer.decode(fast_tokenizer.encode(prompt + drawn.solution)) == prompt + drawn.solution
+            assert stories.split_of(drawn.key) == split
+            assert split == "train" or drawn.key not in terse
+
+
+def test_worded_solutions_are_graded_by_their_steps_and_not_by_their_wording():
+    first, second = (story(7, index, "heldout", "worded") for index in (0, 1))
+    steps = stories.equations(first.solution)
+    others = {worded.tell(steps, lambda choices, shift=shift: choices[shift % len(choices)]) for shift in range(12)}
+    assert len(others) > 8
+    for text in (first.solution, *others):
+        assert stories.grade_exact(text, first)
+        assert stories.grade_answer(text, first)
+        assert stories.grade_steps(text, first) == (first.steps, first.steps)
+    a, op, b, c = steps[0]
+    for wrong in (
+        second.solution,
+        first.solution.replace(f" = {c}", f" = {c + 1}", 1),
+        first.solution.rsplit(" The answer", 1)[0],
+        first.solution.replace(f"{a} {op} {b} = {c}", f"{a} {op} {b} = {c} = {c}", 1),  # two wordings run into each other
+        first.solution.replace(". ", " ", 1),
+    ):
+        assert not stories.grade_exact(wrong, first), wrong
+
+
+def test_worded_wordings_are_free_of_the_question():
+    """Several sentences for each kind of step appear, with and without a connective: a position has several likely tokens."""
+    starts = {text.split()[0] for text in (drawn.solution for drawn in some("train", 500, "worded"))}
+    assert len(starts) > 10
 
 
 def test_a_digit_is_a_token(fast_tokenizer):
