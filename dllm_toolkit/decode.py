@@ -89,7 +89,8 @@ def decode(
 
     max_new_tokens: answer length, one for all or one a row. templates: instead of it, an answer skeleton for each row, where None is to be
     decoded and an id is pinned (infilling). seed: noise key of each row; an int gives row i the key seed + i. max_steps: step limit
-    (default: four times the longest answer, or what the decoder's parts declare); a row that reaches it ends there, or raises DecodeError if `throw`.
+    (default: four times the longest answer, or what the decoder's parts declare); a row that reaches it ends there, or raises DecodeError
+    if `throw`.
 
     Raises DecodeError for empty prompts, prompts beyond the model's positions, and parts that do not fit each other.
     """

@@ -11,9 +11,9 @@
 
 Why: tokens that are far apart depend on each other less than neighbours do.
 
-The variant that remasks looks back first: a decided token of the block to which the model now gives a probability below `remask_below` counts
-as masked in this step's selection, which is then filled up so that one token more is committed than was taken back. (The released code
-compares the probability of what it would now put there, not that of the token that stands there.)
+The variant that remasks looks back first: a decided token of the block to which the model now gives a probability below `remask_below`
+counts as masked in this step's selection, which is then filled up so that one token more is committed than was taken back. (The released
+code compares the probability of what it would now put there, not that of the token that stands there.)
 
 Reference: dInfer: An Efficient Inference Framework for Diffusion Language Models, arXiv 2510.08666.
 """

@@ -90,7 +90,9 @@ class TakeBackFallen(Revise):
         if self.least < 0:
             raise DecodeError(f"least must be 0 or more, got {self.least}. It counts tokens taken back in a step. Write least: 1.")
         if self.one_in is not None and self.one_in < 1:
-            raise DecodeError(f"one_in must be 1 or more, got {self.one_in}. One of so many commits is taken back. Write one_in: 8, or null.")
+            raise DecodeError(
+                f"one_in must be 1 or more, got {self.one_in}. One of so many commits is taken back. Write one_in: 8, or null."
+            )
 
     @property
     def net_progress(self) -> bool:
@@ -124,7 +126,7 @@ def saber(
     one_in: int | None = 8,
     temperature: float = 0.0,
 ) -> BlockDecoder:
-    """Saber (arXiv 2510.18165): an adaptive threshold, and the tokens that new context speaks against are taken back. For code, whole answer."""
+    """Saber (arXiv 2510.18165): an adaptive threshold, and tokens that new context speaks against are taken back. Meant for code."""
     return BlockDecoder(
         schedule=SemiAutoregressive(block_length),
         commit=AboveMean(minimum),

@@ -10,9 +10,9 @@
                    . . . .    A . C .    A B D .    A B D E           forward 2 reads C, edits it to D and commits B
                                                     found no mask, edits nothing: finished
 
-Speed mode commits early and lets edits repair; quality mode asks for more on both sides. Two variants: *token to mask* takes a suspect token
-back instead of overwriting it, so that it is decided anew without its own influence; *multi-block editing* keeps finished blocks open for
-edits until the answer is finished, and no cache may keep their keys.
+Speed mode commits early and lets edits repair; quality mode asks for more on both sides. Two variants: *token to mask* takes a suspect
+token back instead of overwriting it, so that it is decided anew without its own influence; *multi-block editing* keeps finished blocks open
+for edits until the answer is finished, and no cache may keep their keys.
 
 Two coupled positions can swap for ever (A B, B A, A B, ...). `max_post_steps` ends that; `no_return` forbids it.
 
@@ -41,7 +41,7 @@ from dllm_toolkit.types import Canvas, Tokens
 
 @dataclass(frozen=True)
 class Editing:
-    """State of EditTokens: forwards of the open span that found no mask, the epoch they belong to, edits and last token of each position."""
+    """State of EditTokens: forwards of the open span that found no mask, their epoch, changes and last token of each position."""
 
     spent: Int[Tensor, "B"]
     epoch: Int[Tensor, "B"]
@@ -74,13 +74,15 @@ class EditTokens(Revise):
     def __post_init__(self) -> None:
         if self.max_post_steps < 0:
             raise DecodeError(
-                f"max_post_steps must be 0 or more, got {self.max_post_steps}. It counts forwards of a full block. Write max_post_steps: 16."
+                f"max_post_steps must be 0 or more, got {self.max_post_steps}. It counts forwards of a full block. "
+                "Write max_post_steps: 16."
             )
         if self.limit is not None and self.limit < 0:
             raise DecodeError(f"limit must be 0 or more, got {self.limit}. It counts changes of one position. Write limit: 3, or null.")
         if self.action == "remask" and self.limit is None:
             raise DecodeError(
-                "remask needs a limit, got limit=None. A token may be taken back and decided again as the same one for ever. Write limit: 3."
+                "remask needs a limit, got limit=None. A token may be taken back and decided again as the same one for ever. "
+                "Write limit: 3."
             )
         if self.action == "remask" and self.no_return:
             raise DecodeError(

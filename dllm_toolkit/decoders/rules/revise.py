@@ -14,7 +14,7 @@ from dllm_toolkit.types import Canvas, Rows, Scores, Tokens
 
 
 def standing(proposal: Proposal, tokens: Tokens, state: State) -> Scores:
-    """Probability [B, L] that the model gives now to these tokens, -inf where nothing was read. Like every proposal, without the mask id."""
+    """Probability [B, L] that the model gives now to these tokens, the mask id left out as in a proposal; -inf where nothing was read."""
     logits = proposal.logits
     if state.spec.mask_id < state.spec.vocab_size:
         logits = logits.clone()
