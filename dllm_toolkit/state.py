@@ -76,7 +76,8 @@ class Region:
 
         Where a stop rule has filled a row behind an end-of-text, that token stays too: the fill would have no reason without it.
         """
-        ending = state.is_eos() & state.filled.any(1, keepdim=True)
+        filled = state.filled
+        ending = filled | (state.is_eos() & filled.any(1, keepdim=True))
         return self.read & ~self.closed & ~state.masked & ~state.fixed & ~ending
 
 

@@ -18,6 +18,7 @@ from dllm_toolkit.testing.case import Case, Knob
 SAMPLED = {"temperature": 1.0}
 EDITED = {"block_length": 4, "threshold": 0.4, "edit_threshold": 0.2, "max_post_steps": 3}
 REMASKED = {"action": "remask", "limit": 2}
+REOPENED = {"block_length": 5, "low": 0.3, "high": 0.7, "remask_below": 0.5}
 LOOPED = {"at": 0.5, "loops": 3}
 
 
@@ -74,13 +75,20 @@ DECODERS = (
         knobs={"block_length": Knob(None), "minimum": Knob(4), "one_in": Knob(1), "temperature": Knob(1.0)},
         slow=lambda: _endless(saber(5)),
     ),
-    Case("hierarchy remasking", "decoder", hierarchy, {"block_length": 5, "low": 0.3, "high": 0.7, "remask_below": 0.5}),
+    Case(
+        "hierarchy remasking",
+        "decoder",
+        hierarchy,
+        REOPENED,
+        slow=lambda: _endless(hierarchy(**REOPENED)),
+    ),
     Case(
         "remdm_loop",
         "decoder",
         remdm_loop,
         LOOPED,
         knobs={"steps": Knob(4), "at": Knob(0.9), "loops": Knob(1), "count": Knob(2), "temperature": Knob(1.0)},
+        slow=lambda: _endless(remdm_loop(**LOOPED)),
     ),
 )
 
