@@ -28,7 +28,6 @@ from dllm_toolkit.decoders.rules.revise import Keep
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import WhenFull
 from dllm_toolkit.decoders.saber import AboveMean, TakeBackFallen, saber
-from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.token_editing import EditTokens, llada21
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.transformer import Transformer
@@ -99,7 +98,7 @@ PAIRS = (
     ),
     pair("no loops: the schedule inside", schedules, LookingBack(SemiAutoregressive(4), 0.5, 0), SemiAutoregressive(4)),
     pair("loops that begin when all is decided never do", schedules, LookingBack(SemiAutoregressive(4), 1.0, 9), SemiAutoregressive(4)),
-    Pair("no loops, as presets", lambda: remdm_loop(5, loops=0), lambda: semi_ar(None, 5)),
+    Pair("no loops, as a preset", lambda: remdm_loop(5, loops=0), lambda: BlockDecoder(SemiAutoregressive(None), Quota(5))),
     Pair(
         "no loops, with another score",
         lambda: BlockDecoder(LookingBack(loops=0), Quota(), PositionAndCorpus(), TakeBackLeast(), WhenFull()),

@@ -6,6 +6,8 @@ Window-Diffusion (the general form, a quota above what may be committed, is here
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def test_factor_accepts_one_too_many(probabilities: tuple[float, ...], steps: li
 
 @pytest.mark.parametrize("cache", [NoCache(), PrefixCache(), DualCache()], ids=lambda cache: type(cache).__name__)
 @pytest.mark.parametrize("build", [lambda **flags: fast_dllm(4, threshold=0.0, **flags), lambda **flags: dparallel(4, 99.0, **flags)])
-def test_trailing_forward_after_a_block_is_full(build: type[BlockDecoder], cache: Cache) -> None:
+def test_trailing_forward_after_a_block_is_full(build: Callable[..., BlockDecoder], cache: Cache) -> None:
     """Released: at least one forward of the crop follows, also when the block's full forward has decided everything."""
     model, length = TOYS["full"].model, 12
     arguments = {"max_new_tokens": length, "cache": cache}
@@ -191,7 +193,7 @@ def test_duplicated_first_row_under_shift(cache: Cache) -> None:
 
 @pytest.mark.parametrize("build", [lambda: semi_ar(4), lambda: fast_dllm(4, threshold=0.5), lambda: saber(4)])
 @pytest.mark.parametrize("cache", [NoCache(), PrefixCache(), DualCache()], ids=lambda cache: type(cache).__name__)
-def test_shift_changes_nothing_but_where_logits_are_read(build: type[BlockDecoder], cache: Cache) -> None:
+def test_shift_changes_nothing_but_where_logits_are_read(build: Callable[..., BlockDecoder], cache: Cache) -> None:
     """A1: a model that gives every row one position earlier decodes the same, in the same steps, under every cache."""
     shifted, plain = (record(Oracle(toy_spec("full", shift)), build(), cache, unequal()) for shift in (1, 0))  # type: ignore[arg-type]
     assert shifted.fingerprint() == plain.fingerprint()

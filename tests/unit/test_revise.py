@@ -85,7 +85,7 @@ def test_changeable_leaves_the_fill_and_its_end_of_text() -> None:
     state, schedule = two_rows()
     region = schedule.region(state)
     assert region.changeable(state).nonzero().tolist() == [[0, 1], [0, 3], [1, 4], [1, 5]]
-    ended = state.write(state.positions == 4, torch.full_like(state.tokens, EOS))  # row 0: last of 4; row 1: third
+    ended = state.write((state.positions == 4).expand(2, -1), torch.full_like(state.tokens, EOS))  # row 0: last of 4; row 1: third
     assert region.changeable(ended)[1].nonzero().flatten().tolist() == [4, 5]
     filled = replace(ended, born=torch.where(state.positions == 5, -1, ended.born))  # row 1: behind its end-of-text
     assert region.changeable(filled)[1].nonzero().flatten().tolist() == []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_toolkit.decoders.base import Revise
-from dllm_toolkit.ops import score
+from dllm_toolkit.ops import lanes, score
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Edit, Proposal, Region, State
 from dllm_toolkit.types import Canvas, Rows, Scores, Tokens
@@ -19,7 +19,8 @@ def standing(proposal: Proposal, tokens: Tokens, state: State) -> Scores:
     if state.spec.mask_id < state.spec.vocab_size:
         logits = logits.clone()
         logits[..., state.spec.mask_id] = float("-inf")
-    return proposal.to_canvas(score.probability(logits, proposal.to_lanes(tokens, 0)), float("-inf"))
+    here = lanes.to_lanes(tokens, proposal.positions, 0)
+    return proposal.to_canvas(score.probability(logits, here), float("-inf"))
 
 
 def full(region: Region, after: State) -> Rows:
