@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
-from dllm_toolkit.decoders.base import DecodeError, Decoder, check
+from dllm_toolkit.decoders.base import DecodeError, Decoder, check, extra_steps
 from dllm_toolkit.engine import Asked, Engine
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.state import State, begin_state
@@ -89,13 +89,14 @@ def decode(
 
     max_new_tokens: answer length, one for all or one a row. templates: instead of it, an answer skeleton for each row, where None is to be
     decoded and an id is pinned (infilling). seed: noise key of each row; an int gives row i the key seed + i. max_steps: step limit
-    (default: four times the longest answer); a row that reaches it ends there, or raises DecodeError if `throw`.
+    (default: four times the longest answer, or what the decoder's parts declare); a row that reaches it ends there, or raises DecodeError
+    if `throw`.
 
     Raises DecodeError for empty prompts, prompts beyond the model's positions, and parts that do not fit each other.
     """
     start = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, compile)
     state, engine, budget = start
-    limit = _limit(max_steps, budget)
+    limit = _limit(max_steps, decoder, budget)
     _synchronise(state)
     clock = time.perf_counter()
     with torch.inference_mode():
@@ -125,7 +126,7 @@ def trace(
 ) -> Iterator[Step]:
     """Step through a decode: the same arguments and states as `decode`, one `Step` at a time. Ends at `max_steps` without an error."""
     state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
-    for _ in range(_limit(max_steps, budget)):
+    for _ in range(_limit(max_steps, decoder, budget)):
         with torch.inference_mode():
             after = decoder.step(engine, state)
         if engine.finished(after):
@@ -168,10 +169,11 @@ def _start(
     return state, engine, budget
 
 
-def _limit(max_steps: int | None, budget: list[int]) -> int:
-    """The most steps of a decode. The default is generous: no method that ships needs more than one step a token."""
+def _limit(max_steps: int | None, decoder: Decoder, budget: list[int]) -> int:
+    """The most steps of a decode. The default is generous: one step a token and what the parts declare beyond it, or four a token."""
     if max_steps is None:
-        return 4 * max(budget) + 17
+        answer = max(budget)
+        return max(4 * answer + 17, answer + extra_steps(decoder, answer))
     limit = _whole("max_steps", max_steps)
     if not isinstance(limit, int) or limit < 1:
         raise DecodeError(f"max_steps must be 1 or more, got {max_steps!r}. It counts decoder steps. Write max_steps: 256, or None.")

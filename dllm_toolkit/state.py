@@ -71,6 +71,15 @@ class Region:
     block: Tokens
     epoch: Int[Tensor, "B"]
 
+    def changeable(self, state: State) -> Canvas:
+        """Decided positions that a revise rule may change: read, not closed, neither fixed nor end-of-text that a stop rule filled in.
+
+        Where a stop rule has filled a row behind an end-of-text, that token stays too: the fill would have no reason without it.
+        """
+        filled = state.filled
+        ending = filled | (state.is_eos() & filled.any(1, keepdim=True))
+        return self.read & ~self.closed & ~state.masked & ~state.fixed & ~ending
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -38,6 +38,10 @@ class Part(abc.ABC):
         """The part's own state before the first step; () if it remembers nothing."""
         return ()
 
+    def extra_steps(self, answer_length: int) -> int:
+        """The most steps beyond one a token that this part may cost a row; a static bound for the default step limit."""
+        return 0
+
 
 class Schedule(Part):
     """Where may we decode now, and where must we make progress?"""
@@ -82,12 +86,32 @@ class Commit(Part):
 
 
 class Revise(Part):
-    """Which decided positions change their token, or are taken back?"""
+    """Which decided positions change their token, or are taken back?
+
+    `monotone`: decided positions stay. What a rule names outside of `region.changeable` is dropped by the loop.
+    """
 
     monotone: ClassVar[bool] = False
 
+    @property
+    def net_progress(self) -> bool:
+        """Does every step that must commit leave fewer masks than it found?"""
+        return self.monotone
+
+    def extra_steps(self, answer_length: int) -> int:
+        return 0 if self.monotone else 3 * answer_length + 17
+
+    def reopen(self, proposal: Proposal, region: Region, state: State) -> Canvas | None:
+        """Decided positions that count as masked when this step selects; None (the default) if the rule has no such phase.
+
+        They are taken back before `Commit.select` and are eligible for it, with this forward's proposals. The loop honours them only in
+        rows where a mask is eligible too, and then commits at least one position more than it took back.
+        """
+        return None
+
     @abc.abstractmethod
-    def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit: ...
+    def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
+        """Changes to what is decided after this step's commits: `before` is what the model saw, `after` holds the commits."""
 
 
 class Stop(Part):
@@ -158,6 +182,11 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
     for member in decoder.members():
         if isinstance(member, Part):
             member.check_model(spec)
+
+
+def extra_steps(decoder: Decoder, answer_length: int) -> int:
+    """The most steps beyond one a token that a decoder's parts declare for an answer of this length."""
+    return sum(one.extra_steps(answer_length) for one in decoder.members() if isinstance(one, Part))
 
 
 def check_ids(spec: ModelSpec, name: str, ids: Iterable[int | str]) -> None:

@@ -3,6 +3,7 @@
     region <- schedule            where
     answer <- model               the only forward
     proposal <- propose           which token, how sure
+    reopened <- revise            which tokens count as masked in this step (most rules: none)
     chosen <- commit + progress   which masks become tokens
     edit <- revise                which tokens change or go back
     verdict <- stop               which rows are finished
@@ -20,7 +21,7 @@ from dllm_toolkit.decoders.base import Commit, Decoder, Propose, Revise, Schedul
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.revise import Keep
 from dllm_toolkit.decoders.rules.stop import AtEos
-from dllm_toolkit.ops.select import ensure_progress
+from dllm_toolkit.ops.select import ensure_count, ensure_progress
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Answer, Region, State
 
@@ -56,17 +57,31 @@ class BlockDecoder(Decoder):
     def decide(self, answer: Answer, region: Region, state: State) -> State:
         proposal = self.propose(answer, state)
         region = self.schedule.refine(region, proposal, state)
-        asked = self.commit.select(proposal, region, state) & region.eligible
+        opened = state
+        reopened = self.revise.reopen(proposal, region, state)
+        if reopened is not None:
+            reopened = reopened & region.changeable(state) & region.eligible.any(1, keepdim=True)
+            opened = state.take_back(reopened)
+            region = replace(region, eligible=region.eligible | reopened)
+        asked = self.commit.select(proposal, region, opened) & region.eligible
         chosen = ensure_progress(asked, proposal.score, region.eligible, region.group, region.force)
+        if reopened is not None:  # what is taken back first must not cost progress
+            chosen = ensure_count(chosen, proposal.score, region.eligible, reopened.sum(1) + reopened.any(1).long())
         chosen = chosen & ~state.done.unsqueeze(1)
-        after = state.write(chosen, proposal.tokens)
+        after = opened.write(chosen, proposal.tokens)
         parts = replace(
             state.parts,
-            propose=self.propose.carry(proposal, region, state),
-            commit=self.commit.carry(proposal, region, state),
+            propose=self.propose.carry(proposal, region, opened),
+            commit=self.commit.carry(proposal, region, opened),
         )
         after = replace(after, forced=state.forced + (chosen & ~asked).sum(1), parts=parts)
+        if reopened is not None:
+            changed = reopened & ((after.tokens != state.tokens) | after.masked) & ~state.done.unsqueeze(1)
+            after = replace(after, edits=state.edits + changed.sum(1))
         if not isinstance(self.revise, Keep):
-            after = after.revise(self.revise.edit(proposal, region, state, after), proposal.tokens)
+            edit = self.revise.edit(proposal, region, state, after)
+            may = region.changeable(after)
+            edit = replace(edit, replace=edit.replace & may & ~edit.remask, remask=edit.remask & may)
+            after = after.revise(edit, proposal.tokens)
         after = after.finish(self.stop.check(proposal, region, after))
         return after.advance(*self.schedule.advance(after))

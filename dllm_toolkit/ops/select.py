@@ -68,3 +68,11 @@ def ensure_progress(
     chosen = chosen & eligible
     wanting = eligible & force & ~group_any(chosen, group)
     return chosen | group_best(score, wanting, group)
+
+
+def ensure_count(
+    chosen: Bool[Tensor, "B L"], score: Float[Tensor, "B L"], eligible: Bool[Tensor, "B L"], least: Int[Tensor, "B"]
+) -> Bool[Tensor, "B L"]:
+    """Fill up a selection with the best-ranked of the other eligible positions until a row has at least `least`."""
+    chosen = chosen & eligible
+    return chosen | top_k(score, eligible & ~chosen, (least - chosen.sum(1)).clamp(min=0))

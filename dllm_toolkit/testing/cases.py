@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_commit, cases_revise
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -40,6 +40,10 @@ _drawn = partial(BlockDecoder, SemiAutoregressive(None, hold=6), propose=Sample(
 
 def _gate_to_the_end(schedule: Schedule) -> Decoder:
     return BlockDecoder(schedule, Gate(0.6), stop=WhenFull())
+
+
+def _rewriting(schedule: Schedule) -> Decoder:
+    return BlockDecoder(schedule, Gate(0.4), revise=Rewrite())
 
 
 DECODERS = (
@@ -248,6 +252,7 @@ DECODERS = (
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
     *cases_commit.DECODERS,
+    *cases_revise.DECODERS,
 )
 
 SCHEDULES = (
@@ -256,7 +261,13 @@ SCHEDULES = (
         "schedule",
         SemiAutoregressive,
         {"block_length": 4},
-        knobs={"block_length": Knob(2), "hold": Knob(40), "step_cap": Knob(4), "least_steps": Knob(5)},
+        knobs={
+            "block_length": Knob(2),
+            "hold": Knob(40),
+            "step_cap": Knob(4),
+            "least_steps": Knob(5),
+            "reach": Knob("answer", place=_rewriting),
+        },
     ),
     Case("whole_answer", "schedule", whole_answer),
     Case(
@@ -274,6 +285,7 @@ SCHEDULES = (
         },
     ),
     Case("next_token", "schedule", NextToken),
+    *cases_revise.SCHEDULES,
 )
 
 PROPOSALS = (
@@ -348,9 +360,10 @@ COMMITS = (
     ),
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
+    *cases_revise.COMMITS,
 )
 
-REVISIONS = (Case("keep", "revise", Keep),)
+REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
 STOPS = (
     Case("at_eos", "stop", AtEos, knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True})}),
     Case("when_full", "stop", WhenFull),

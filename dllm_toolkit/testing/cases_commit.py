@@ -125,7 +125,7 @@ DECODERS = (
         "decoder",
         hierarchy,
         {"block_length": 4, "low": 0.3, "high": 0.7},
-        knobs={"block_length": Knob(2), "low": Knob(0.6), "high": Knob(0.9), "temperature": Knob(1.0)},
+        knobs={"block_length": Knob(2), "low": Knob(0.6), "high": Knob(0.9), "temperature": Knob(1.0), "remask_below": Knob(0.8)},
     ),
     Case("hierarchy whole", "decoder", hierarchy, {"block_length": None, "low": 0.2, "high": 0.9}),
     Case(

@@ -4,7 +4,7 @@
     D1  everything is decided, only fill behind the end    D8  the reported account is the true one
     D2  prompt, pinned tokens and padding never change     D9  chosen <= eligible <= read <= compute <= visible
     D3  same seed, same decode; no other randomness        D10 stopping at end-of-text changes no token before it
-    D4  every forced group commits in every step           D13 the state is enough to go on from
+    D4  forced groups progress, rows end in time           D13 the state is enough to go on from
     D5  a row does not depend on its neighbours            D14 infilling: pinned tokens inside the answer
     D6  nor on its place in the batch
 
@@ -23,7 +23,7 @@ import torch
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import decode
-from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.decoders.base import Decoder, extra_steps
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
@@ -170,22 +170,31 @@ def _same(one: Recording, other: Recording, what: str) -> None:
 
 
 def d4_progress(bench: Bench) -> None:
-    """Every forced group that can commit does so in every step; no row takes more steps than it has tokens."""
-    if not bench.monotone:
+    """Forced groups commit in every step, rules of net progress leave fewer masks, and no row takes more steps than are declared."""
+    if not isinstance(bench.decoder, BlockDecoder):
         return
     for number, moment in enumerate(bench.recording.moments):
         if not moment.asks:
             raise Violation(f"step {number}: the decoder did not ask the model. A step is at least one engine.ask.")
-        region = moment.asks[-1].region
-        open_now = region.force & region.eligible & _alive(moment.before)
-        landed = moment.before.masked & ~moment.after.masked
-        rows, length = landed.shape
-        moved = torch.zeros(rows, length + 1).scatter_add(1, region.group, landed.float()).gather(1, region.group) > 0
-        fail_where(open_now & ~moved, number, "a group that must progress committed nothing.")
+        before, after, region = moment.before, moment.after, moment.asks[-1].region
+        open_now = region.force & region.eligible & _alive(before)
+        if bench.monotone:
+            landed = before.masked & ~after.masked
+            rows, length = landed.shape
+            moved = torch.zeros(rows, length + 1).scatter_add(1, region.group, landed.float()).gather(1, region.group) > 0
+            fail_where(open_now & ~moved, number, "a group that must progress committed nothing.")
+        if bench.decoder.revise.net_progress:
+            fewer = after.masked.sum(1) < before.masked.sum(1)
+            what = "a row that must progress holds as many masks as before, though the revise rule promises net progress."
+            fail_where(open_now & ~fewer.unsqueeze(1), number, what)
     for row, template in enumerate(bench.batch.templates):
-        taken, bound = int(bench.recording.last.step[row]), len(template) + bench.idle
+        tokens = len(template)
+        taken, bound = int(bench.recording.last.step[row]), tokens + bench.idle + extra_steps(bench.decoder, tokens)
         if taken > bound:
-            raise Violation(f"row {row}: {taken} steps for {len(template)} tokens. Some steps committed nothing.")
+            raise Violation(
+                f"row {row}: {taken} steps for {tokens} tokens, {bound} at most are declared. Some steps committed nothing, or what they "
+                "committed was taken back. A part that needs more steps says how many in `extra_steps`."
+            )
 
 
 def d5_rows_alone(bench: Bench) -> None:
@@ -219,6 +228,8 @@ def _decided_kept(recording: Recording, monotone: bool) -> None:
         before, after = moment.before, moment.after
         decided = ~before.masked & ~before.fixed & ~_behind(after)
         changed = decided & ((after.tokens != before.tokens) | after.masked)
+        refilled = before.filled & ((after.tokens != before.tokens) | after.masked)
+        fail_where(refilled, number, "end-of-text that a stop rule had filled in was changed.")
         if monotone:
             fail_where(changed, number, "a decided token was changed, though the revise rule says it is monotone.")
         may = torch.zeros_like(changed)

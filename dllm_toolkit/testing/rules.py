@@ -27,6 +27,13 @@ class Rewrite(Revise):
     at_least: float = 0.3
     limit: int = 2
 
+    @property
+    def net_progress(self) -> bool:
+        return True
+
+    def extra_steps(self, answer_length: int) -> int:
+        return self.limit * answer_length
+
     def init(self, state: State) -> Int[Tensor, "B L"]:
         return torch.zeros_like(state.tokens)
 
@@ -42,6 +49,9 @@ class Doubt(Revise):
     """Mask a decided token again, once, when the model now gives another one with probability `at_least`."""
 
     at_least: float = 0.3
+
+    def extra_steps(self, answer_length: int) -> int:
+        return 2 * answer_length  # a step in which it takes back, and one in which that is decided again
 
     def init(self, state: State) -> Int[Tensor, "B L"]:
         return torch.zeros_like(state.tokens)

@@ -16,6 +16,7 @@ from dllm_toolkit.decoders.base import Commit, Decoder, Revise, Schedule, Stop
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.commit import Gate, Quota
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
+from dllm_toolkit.decoders.rules.stop import AtEos
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.state import Edit, Proposal, Region, State, Verdict
 from dllm_toolkit.testing import contract
@@ -164,9 +165,102 @@ def state_age(state: State) -> Tensor:
     return torch.where(state.born >= 0, state.step.unsqueeze(1) - state.born, -1)
 
 
+@dataclass(frozen=True)
+class GoesBackByItself(Decoder):
+    """A step of its own that masks a token of a closed block again, past the loop that drops such wishes."""
+
+    inner: BlockDecoder = field(default_factory=lambda: semi(Quota()))
+
+    def init(self, state: State) -> State:
+        return self.inner.init(state)
+
+    def step(self, engine: Any, state: State) -> State:
+        after = self.inner.step(engine, state)
+        return after.take_back((state_age(state) == 5) & ~state.masked)
+
+
 def test_revise_rules_that_break_their_word() -> None:
     assert "monotone" in failing(semi(Quota(), revise=SaysItIsMonotone()), "D07")["D07"]
-    assert "D07" in failing(semi(Quota(), revise=RewritesThePast()), "D07")
+    assert "D07" in failing(GoesBackByItself(), "D07")
+
+
+def test_the_loop_drops_changes_where_the_schedule_has_closed() -> None:
+    """U2: a rule may wish for anything; what it wishes for outside of the region's changeable positions does not happen."""
+    assert failing(semi(Quota(), revise=RewritesThePast()), "D02", "D07") == {}
+
+
+@dataclass(frozen=True)
+class Wavers(Revise):
+    """Takes back what was just committed, for as long as it likes."""
+
+    promises: bool = False
+    steps: int = 3
+
+    @property
+    def net_progress(self) -> bool:
+        return self.promises
+
+    def extra_steps(self, answer_length: int) -> int:
+        return 0
+
+    def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
+        early = (before.step < self.steps).unsqueeze(1)
+        return Edit(torch.zeros_like(region.read), early & before.masked & ~after.masked, torch.ones_like(after.done))
+
+
+def test_rules_that_take_longer_than_they_say() -> None:
+    """U6: a promise of net progress is kept in every step, and no row takes more steps than its parts declare."""
+    assert "net progress" in failing(semi(Quota(), revise=Wavers(promises=True)), "D04")["D04"]
+    assert "extra_steps" in failing(semi(Quota(), revise=Wavers()), "D04")["D04"]
+    assert "did not finish" in failing(semi(Quota(), revise=Wavers(steps=1 << 30)), "D01")["D01"]
+
+
+@dataclass(frozen=True)
+class ReopensEverything(Revise):
+    @property
+    def net_progress(self) -> bool:
+        return True
+
+    def extra_steps(self, answer_length: int) -> int:
+        return 0
+
+    def reopen(self, proposal: Proposal, region: Region, state: State) -> Canvas | None:
+        return torch.ones_like(state.masked)
+
+    def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
+        nothing = torch.zeros_like(region.read)
+        return Edit(nothing, nothing, torch.ones_like(after.done))
+
+
+@pytest.mark.parametrize("schedule", [SemiAutoregressive(4), Pipelined(4, add_at=0.5, activate_at=0.75)], ids=["blocks", "pipeline"])
+def test_whatever_is_reopened_a_step_progresses(schedule: Schedule) -> None:
+    """The loop commits one more than a rule takes back first, and takes nothing back outside of the region."""
+    decoder = BlockDecoder(schedule, Quota(), revise=ReopensEverything())
+    assert failing(decoder, "D01", "D02", "D04", "D07", "D09", "D11", "D13", "D14") == {}
+
+
+@dataclass(frozen=True)
+class EditsTheFill(Revise):
+    """Names every decided position of the row, the ones behind an end-of-text too."""
+
+    def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
+        often = (before.step % 2 == 0).unsqueeze(1)
+        return Edit(often & ~before.masked, torch.zeros_like(region.read), torch.ones_like(after.done))
+
+
+def test_what_a_stop_rule_has_filled_stays() -> None:
+    """With fill, the end-of-text that the fill stands behind is not edited either, so no row ends in text that nobody committed."""
+    rows = 0
+    for seed in range(4):
+        model = contract.tiny_transformer(2, "full", 0, seed)
+        place = Bench(semi(Quota(), revise=EditsTheFill(), stop=AtEos(fill=True)), NoCache(), model, batch=unequal(seed))
+        assert failures(place, "D01", "D07", "D08", "D10") == {}
+        rows += sum(
+            bool(moment.after.filled[row].any()) and not bool(moment.after.done[row])
+            for moment in place.recording.moments
+            for row in range(4)
+        )
+    assert rows, "nothing was filled while a row went on"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Blocks are counted from each row's own `begin`, so unequal prompts need no left 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -50,11 +51,12 @@ class Blocks:
 class SemiAutoregressive(Schedule):
     """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
 
-    `block_length` None opens the whole answer at once. Three flags reproduce released loops; two count steps of the whole answer, shared
-    out over its blocks. `hold` gives every block its share of steps: a full one stays open (LLaDA's loop), and a step may commit nothing
-    while there are steps left (Dream's). `step_cap` leaves a block after its share even when masks are left in it; the next block's first
-    step may still fill them, and what is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop. `least_steps` is spent on
-    each block, full or not: Fast-dLLM's first release always runs a second forward.
+    `block_length` None opens the whole answer at once. `reach` "answer" keeps the blocks behind the present one open: they are read and not
+    closed, so a revise rule may still change them, and no cache keeps their keys. Three flags reproduce released loops; two count steps of
+    the whole answer, shared out over its blocks. `hold` gives every block its share of steps: a full one stays open (LLaDA's loop), and a
+    step may commit nothing while there are steps left (Dream's). `step_cap` leaves a block after its share even when masks are left in it;
+    the next block's first step may still fill them, and what is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop.
+    `least_steps` is spent on each block, full or not: Fast-dLLM's first release always runs a second forward.
 
     Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
     """
@@ -66,10 +68,16 @@ class SemiAutoregressive(Schedule):
     hold: int | None = None
     step_cap: int | None = None
     least_steps: int = 1
+    reach: Literal["block", "answer"] = "block"
 
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 1:
             raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+        if self.reach == "answer" and self.step_cap is not None:
+            raise DecodeError(
+                f"reach: answer does not go with step_cap, got step_cap={self.step_cap}. Blocks that are left with masks would have to be "
+                "filled for ever. Remove step_cap."
+            )
         for name in ("hold", "step_cap"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DecodeError(f"{name} must be 1 or more, got {getattr(self, name)}. It counts steps of an answer. Write {name}: 64.")
@@ -77,7 +85,7 @@ class SemiAutoregressive(Schedule):
             raise DecodeError(f"least_steps must be 1 or more, got {self.least_steps}. It counts steps of a block. Write least_steps: 1.")
 
     def max_reads(self, answer_length: int) -> int:
-        return min(self.block_length or answer_length, answer_length)
+        return answer_length if self.reach == "answer" else min(self.block_length or answer_length, answer_length)
 
     def init(self, state: State) -> Blocks:
         block = blocks_of(state, self.block_length)
@@ -87,7 +95,7 @@ class SemiAutoregressive(Schedule):
         own: Blocks = state.parts.schedule
         open_now = own.open.unsqueeze(1)
         inside = state.inside
-        here = (own.block == open_now) & inside
+        here = self._open(own) & inside
         if self.step_cap is not None:  # masks that earlier blocks left behind get one more chance when a block opens
             here = here | (inside & state.masked & (own.block < open_now) & (own.spent == 0).unsqueeze(1))
         force = here
@@ -96,13 +104,14 @@ class SemiAutoregressive(Schedule):
         visible = state.positions < state.end.unsqueeze(1)
         if state.spec.attention != "full":
             visible = visible & (own.block <= open_now)
+        closed = own.block < (self._first(own, state) if self.reach == "answer" else open_now)
         return Region(
             read=here & ~state.fixed,
             eligible=here & state.masked,
             group=torch.zeros_like(own.block),  # one open block: one promise of progress a row
             force=force,
             visible=visible,
-            closed=(own.block < open_now) & ~state.masked if self.step_cap is not None else own.block < open_now,
+            closed=closed & ~state.masked if self.step_cap is not None else closed,
             block=own.block,
             epoch=own.open,
         )
@@ -112,7 +121,7 @@ class SemiAutoregressive(Schedule):
         beyond = state.masked.shape[1] + 1
         open_now = own.open.unsqueeze(1)
         following = torch.where(state.masked & (own.block > open_now), own.block, beyond).amin(1)
-        move = ~(state.masked & (own.block == open_now)).any(1) & state.settled
+        move = ~(state.masked & self._open(own)).any(1) & state.settled
         if self.hold is not None:
             move = move & self._spent(own, state, self.hold)
         if self.least_steps > 1:
@@ -121,6 +130,15 @@ class SemiAutoregressive(Schedule):
             move = move | self._spent(own, state, self.step_cap)
         opened = torch.where(move, following, own.open)
         return Blocks(own.block, opened, (own.spent + 1).masked_fill(move, 0), own.answer), opened == beyond
+
+    def _open(self, own: Blocks) -> Canvas:
+        open_now = own.open.unsqueeze(1)
+        return own.block <= open_now if self.reach == "answer" else own.block == open_now
+
+    @staticmethod
+    def _first(own: Blocks, state: State) -> Int[Tensor, "B 1"]:
+        """The block in which the answer begins; the prompt's tail may share it."""
+        return own.block.gather(1, state.begin.clamp(max=own.block.shape[1] - 1).unsqueeze(1))
 
     @staticmethod
     def _spent(own: Blocks, state: State, steps: int) -> Rows:
