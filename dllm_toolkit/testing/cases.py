@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_cache, cases_commit
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -248,6 +248,7 @@ DECODERS = (
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
     *cases_commit.DECODERS,
+    *cases_cache.DECODERS,
 )
 
 SCHEDULES = (
@@ -274,6 +275,7 @@ SCHEDULES = (
         },
     ),
     Case("next_token", "schedule", NextToken),
+    *cases_cache.SCHEDULES,
 )
 
 PROPOSALS = (
@@ -348,6 +350,7 @@ COMMITS = (
     ),
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
+    *cases_cache.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep),)
@@ -360,6 +363,7 @@ CACHES = (
     Case("prefix", "cache", policies.PrefixCache),
     Case("dual", "cache", policies.DualCache),
     Case("block_causal", "cache", policies.BlockCausalCache),
+    *cases_cache.CACHES,
 )
 
 PARTS = (*SCHEDULES, *PROPOSALS, *COMMITS, *REVISIONS, *STOPS)
