@@ -1,4 +1,4 @@
-"""The catalogue, continued: caches that refresh, wait or keep a window, and the decoder that prunes to one. `cases` puts them into its tuples."""
+"""The catalogue, continued: caches that refresh, wait or keep a window, and the decoder that prunes to one. `cases` holds it all."""
 
 from __future__ import annotations
 
@@ -47,10 +47,19 @@ DECODERS = (
         "window_diffusion released",
         "decoder",
         window_diffusion,
-        {**WINDOW, "slide": False, "first_at_refresh": True, "contiguous": True, "refresh_at_end": True, "steps": 14, "eps": 0.1, "idle_steps": True},
+        {
+            **WINDOW,
+            "slide": False,
+            "first_at_refresh": True,
+            "contiguous": True,
+            "refresh_at_end": True,
+            "steps": 14,
+            "eps": 0.1,
+            "idle_steps": True,
+        },
         idle=14,
     ),
-    Case("window_diffusion whole refresh", "decoder", window_diffusion, {**WINDOW, "whole_refresh": True, "stop_at_eos": False, "steps": 6}),
+    Case("window_diffusion whole", "decoder", window_diffusion, {**WINDOW, "whole_refresh": True, "stop_at_eos": False, "steps": 6}),
 )
 SCHEDULES = (
     Case(
