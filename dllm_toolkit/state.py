@@ -59,7 +59,7 @@ class Region:
     read: logits wanted; eligible: masked positions that may be committed; group: progress is promised for each group
     (usually the block, numbered 0 .. L); force: positions of groups that must commit in this step; visible: what attention may see;
     closed: positions the schedule promises never to write again; block: block index for block-causal masks; epoch [B]: changes
-    when the open span moves, so caches know when to refresh.
+    when the open span moves, so caches know when to refresh; open: the open span, where it holds more than is read (None: what is read).
     """
 
     read: Canvas
@@ -70,6 +70,12 @@ class Region:
     closed: Canvas
     block: Tokens
     epoch: Int[Tensor, "B"]
+    open: Canvas | None = None
+
+    @property
+    def span(self) -> Canvas:
+        """The open span: what is read, and the decided positions among it that this decoder does not look at."""
+        return self.read if self.open is None else self.open
 
     def changeable(self, state: State) -> Canvas:
         """Decided positions that a revise rule may change: read, not closed, neither fixed nor end-of-text that a stop rule filled in.

@@ -11,9 +11,22 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
+from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.registry import declare
 from dllm_toolkit.state import Region, State
 from dllm_toolkit.types import Canvas, Need, PyTree
+
+
+class CacheError(ToolkitError):
+    """A cache whose settings make no sense."""
+
+
+def check_count(name: str, value: int | None, least: int, unit: str, example: str) -> None:
+    """Raise CacheError unless `value` is None or at least `least`."""
+    if value is not None and value < least:
+        raise CacheError(f"{name} must be {least} or more, got {value}. It counts {unit}. Write {name}: {example}.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,13 @@ class Cache(abc.ABC):
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
         """The cache's state after the forward that followed `plan`."""
         return own
+
+
+def sources(wanted: Canvas, state: State) -> Canvas:
+    """Positions whose hidden rows the wanted ones are read from, and these themselves: with shift 1 also the one before each."""
+    if state.spec.shift == 0:
+        return wanted
+    return wanted | torch.cat((wanted[:, 1:], torch.zeros_like(wanted[:, :1])), dim=1)
 
 
 declare("cache", Cache)

@@ -1,9 +1,9 @@
-"""The cache policies: none, prefix, dual, block-causal.
+"""The cache policies that remember no more than an epoch or a mask: none, prefix, dual, block-causal.
 
                  at a refresh     between refreshes            refresh when          exact
     none         all              all                          always                yes
     prefix       all              from the open block on       the open span moves   no
-    dual         all              the open block               the open span moves   no
+    dual         all              the open span                the open span moves   no
     block_causal -                what is not stored yet       never                 yes, if the past never sees the future
 """
 
@@ -50,7 +50,7 @@ class PrefixCache(Cache):
         return torch.full_like(state.begin, -1)  # epoch of the last refresh
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
-        start = torch.where(region.read, state.positions, state.tokens.shape[1]).amin(1, keepdim=True)
+        start = torch.where(region.span, state.positions, state.tokens.shape[1]).amin(1, keepdim=True)
         return Plan(region.visible & (_moved(region, own) | (state.positions >= start) | (dirty & state.fixed)), region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
@@ -72,7 +72,7 @@ class DualCache(Cache):
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
         # Dirty: pinned tokens of a block that has just opened are not read, but their keys are not there yet either.
-        return Plan(region.visible & (_moved(region, own) | region.read | (dirty & state.fixed)), region.visible)
+        return Plan(region.visible & (_moved(region, own) | region.span | (dirty & state.fixed)), region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
         return torch.where(state.done, own, region.epoch)

@@ -26,10 +26,15 @@ class DecodeError(ToolkitError):
 
 
 class Part(abc.ABC):
-    """A rule of one slot. `cite` holds the arXiv numbers of the papers it comes from."""
+    """A rule of one slot. `cite` holds the arXiv numbers of the papers it comes from.
+
+    `looks_back`: it wants to know what the model says of positions that are decided. Without such a part the template reads masked
+    positions only, which makes the head narrower and lets a cache leave decided positions alone.
+    """
 
     cite: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
+    looks_back: ClassVar[bool] = False
 
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
         """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""
@@ -92,6 +97,7 @@ class Revise(Part):
     """
 
     monotone: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = True
 
     @property
     def net_progress(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dllm_toolkit.decoders.base import Commit, Decoder, Propose, Revise, Schedule, Stop
+from dllm_toolkit.decoders.base import Commit, Decoder, Part, Propose, Revise, Schedule, Stop
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.revise import Keep
 from dllm_toolkit.decoders.rules.stop import AtEos
@@ -49,8 +49,15 @@ class BlockDecoder(Decoder):
             stop=self.stop.init(state),
         )
 
+    @property
+    def looks_back(self) -> bool:
+        """Does a part want the logits of decided positions?"""
+        return any(isinstance(one, Part) and one.looks_back for one in self.members())
+
     def step(self, engine: Engine, state: State) -> State:
         region = self.schedule.region(state)
+        if not self.looks_back:
+            region = replace(region, read=region.read & state.masked, open=region.span)
         answer = engine.ask(state, region)
         return engine.unit(self.decide)(answer, region, state)
 

@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit, cases_revise
+from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -253,6 +253,7 @@ DECODERS = (
     ),
     *cases_commit.DECODERS,
     *cases_revise.DECODERS,
+    *cases_cache.DECODERS,
 )
 
 SCHEDULES = (
@@ -286,6 +287,7 @@ SCHEDULES = (
     ),
     Case("next_token", "schedule", NextToken),
     *cases_revise.SCHEDULES,
+    *cases_cache.SCHEDULES,
 )
 
 PROPOSALS = (
@@ -361,6 +363,7 @@ COMMITS = (
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
     *cases_revise.COMMITS,
+    *cases_cache.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
@@ -373,6 +376,7 @@ CACHES = (
     Case("prefix", "cache", policies.PrefixCache),
     Case("dual", "cache", policies.DualCache),
     Case("block_causal", "cache", policies.BlockCausalCache),
+    *cases_cache.CACHES,
 )
 
 PARTS = (*SCHEDULES, *PROPOSALS, *COMMITS, *REVISIONS, *STOPS)

@@ -28,6 +28,7 @@ from dllm_toolkit.decoders.rules.commit import Gate
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.testing import cases
 from dllm_toolkit.testing.contract_cache import CACHE_CHECKS
 from dllm_toolkit.testing.contract_compile import d11_one_graph
 from dllm_toolkit.testing.contract_decoder import DECODER_CHECKS, Bench, Violation
@@ -35,6 +36,7 @@ from dllm_toolkit.testing.models import tiny_transformer
 from dllm_toolkit.types import Attention
 
 Check = Callable[[Bench], None]
+FEW = ("none", "prefix", "dual", "block_causal", "delayed")
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,16 @@ def run_checks(place: Bench, checks: Sequence[Check]) -> Iterator[CheckResult]:
 
 
 def all_caches() -> list[Cache]:
-    """Every registered cache, NoCache first."""
-    made = [registry.lookup("cache", name)() for name in registry.names("cache")]
+    """Every registered cache, NoCache first, with the catalogue's arguments: a window of published size holds a whole toy canvas."""
+    sized = {case.maker: case.build for case in cases.CACHES}
+    makers = [registry.lookup("cache", name) for name in registry.names("cache")]
+    made = [(sized[maker] if maker in sized else maker)() for maker in makers]
     return sorted(made, key=lambda one: not isinstance(one, NoCache))
+
+
+def few_caches() -> list[Cache]:
+    """A cache of every kind of reuse: none, what lies before, what lies around, what is closed, what was decided a while ago."""
+    return [case.build() for case in cases.CACHES if case.name in FEW]
 
 
 def standard_decoders(part: Part | None = None) -> list[Decoder]:
@@ -142,11 +151,12 @@ def combinations(component: Decoder | Part | Cache) -> list[tuple[Decoder, Cache
     if isinstance(component, Cache):
         return [(decoder, component, toy) for decoder in standard_decoders() for toy in toys()]
     decoders = [component] if isinstance(component, Decoder) else standard_decoders(component)
+    # Every cache once, on full attention or on the one kind that an autoregressive decoder accepts; elsewhere one of every kind of reuse.
     return [
         (decoder, cache, toy)
         for number, decoder in enumerate(decoders)
         for toy in toys()
-        for cache in all_caches()
+        for cache in (all_caches() if number == 0 and toy.name in ("full", "causal") else few_caches())
         if number == 0 or toy.model.spec.shift == 0  # where a position is read from is no business of the second template
     ]
 

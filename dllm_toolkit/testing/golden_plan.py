@@ -30,6 +30,7 @@ from dllm_toolkit.decoders.rules.propose import Sample, Score
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.decoders.window_diffusion import window_diffusion
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.load import load
@@ -291,6 +292,41 @@ def _eoser(case: Case, base: Transformer) -> Plan:
     return Plan(base, decoder, NoCache(), arguments["gen_length"])
 
 
+def _window_llada(case: Case, base: Transformer) -> Plan:
+    arguments = case["args"]
+    decoder = window_diffusion(
+        arguments["window_tokens"],
+        arguments["active_tokens"],
+        arguments["refresh_cycle"] or arguments["window_size"],
+        arguments["steps"],
+        score="probability",
+        stop_at_eos=False,
+        whole_refresh=True,
+    )
+    return Plan(base, decoder, DualCache(), arguments["gen_length"])
+
+
+def _window_dream(case: Case, base: Transformer) -> Plan:
+    arguments, early = case["args"], case["args"]["early_stop"]
+    if early and any(arguments["eos_id"] in prompt for prompt in prompts(case)):
+        raise Declined("its early stop takes an end-of-text token of the prompt for the end of the answer")
+    decoder = window_diffusion(
+        arguments["o_win_size"] - 1,  # it keeps the masks of a rank below that
+        arguments["i_win_size"],
+        arguments["refresh_cycle"],
+        None if early else arguments["steps"],
+        None if early else arguments["eps"],
+        score=SCORES[arguments["alg"]],
+        slide=arguments["slide_window"],
+        stop_at_eos=early,
+        first_at_refresh=True,
+        contiguous=True,
+        refresh_at_end=early,
+        idle_steps=not early,
+    )
+    return Plan(base, decoder, DualCache(), arguments["max_new_tokens"])
+
+
 @dataclass(frozen=True)
 class Source:
     """Where official code comes from: how the repository starts, how the file ends, and what it is here (None: not built yet)."""
@@ -319,7 +355,8 @@ SOURCES = (
     Source("hao-ai-lab/d3LLM", ".py", None),
     Source("yjyddq/EOSER-ASS-RL", ".py", _eoser),
     Source("cychomatica/FreeDave", ".py", None),
-    Source("vhicrgit/Window-Diffusion", ".py", None),
+    Source("vhicrgit/Window-Diffusion", "llada/model/modeling_llada.py", _window_llada),
+    Source("vhicrgit/Window-Diffusion", "dream/model/generation_utils.py", _window_dream),
 )
 
 

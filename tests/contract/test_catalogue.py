@@ -70,7 +70,7 @@ def test_methods_name_their_source(kind: str) -> None:
         module = sys.modules[entry.__module__]
         text = f"{module.__doc__} {inspect.getdoc(entry)}"
         if name not in NO_PAPER:
-            assert re.search(r"arXiv[ :]+\d{4}\.\d{4,5}|\(repository \w+\)", text), f"{kind} {name} names no paper"
+            assert re.search(r"arXiv[ :]+\d{4}\.\d{4,5}|\(repository [\w-]+\)", text), f"{kind} {name} names no paper"
 
 
 def test_every_rule_is_documented() -> None:

@@ -20,8 +20,6 @@ NOT_BUILT = {
     "d3llm_llada",
     "freedave_dream",
     "freedave_llada",
-    "window_diffusion_dream",
-    "window_diffusion_llada",
 }
 BUILT = [
     pytest.param(case, id=f"{file}/{case['name'].removeprefix(file).strip('_')}")

@@ -39,6 +39,7 @@ class Keep(Revise):
     """Decided tokens stay."""
 
     monotone = True
+    looks_back = False
 
     def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
         nothing = torch.zeros_like(after.masked)
