@@ -48,8 +48,19 @@ class BlockDecoder(Decoder):
             stop=self.stop.init(state),
         )
 
+    @property
+    def wants_answer(self) -> bool:
+        """Does a stop rule look at the whole answer?"""
+        return any(isinstance(one, Stop) and one.wants_answer for one in self.members())
+
+    def max_reads(self, answer_length: int) -> int:
+        reads = self.schedule.max_reads(answer_length)
+        return max(reads, answer_length) if self.wants_answer else reads
+
     def step(self, engine: Engine, state: State) -> State:
         region = self.schedule.region(state)
+        if self.wants_answer:
+            region = replace(region, read=region.read | (state.masked & state.inside & region.visible))
         answer = engine.ask(state, region)
         return engine.unit(self.decide)(answer, region, state)
 
@@ -68,5 +79,5 @@ class BlockDecoder(Decoder):
         after = replace(after, forced=state.forced + (chosen & ~asked).sum(1), parts=parts)
         if not isinstance(self.revise, Keep):
             after = after.revise(self.revise.edit(proposal, region, state, after), proposal.tokens)
-        after = after.finish(self.stop.check(proposal, region, after))
+        after = after.finish(self.stop.check(proposal, region, after), proposal)
         return after.advance(*self.schedule.advance(after))
