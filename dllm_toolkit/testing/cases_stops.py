@@ -49,7 +49,6 @@ DECODERS = (
             "temperature": Knob(1.0),
             "stop_at_eos": Knob(True),
         },
-        slow=lambda: prophet(block_length=4, early=99.0, middle=99.0, late=99.0),
     ),
     Case("prophet whole", "decoder", prophet, {"early": 3.0, "middle": 2.0, "region": "answer", "stop_at_eos": True, "temperature": 1.0}),
     Case(
