@@ -39,7 +39,7 @@ from dllm_toolkit.decoders.learn2pd import Activation, Filter, block_windows, co
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import AtEos
-from dllm_toolkit.decoders.semi_ar import semi_ar
+from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.ops.select import ensure_progress
@@ -62,7 +62,8 @@ class Examples(NamedTuple):
 
 def oracle_examples(model: Model, prompts: Sequence[Sequence[int]], answer_length: int, block_length: int, cache: Cache) -> Examples:
     """Decode a batch of prompts slowly, then with the oracle, and return what a filter can learn from it."""
-    output = decode(model, semi_ar(block_length), prompts, max_new_tokens=answer_length, cache=cache)
+    # To the end of the budget: what `AtEos` fills in behind an end-of-text token is nothing that the model has said.
+    output = decode(model, vanilla(block_length=block_length), prompts, max_new_tokens=answer_length, cache=cache)
     with torch.inference_mode():
         _, found = oracle_steps(model, prompts, output.canvas, answer_length, block_length, cache)
         return joined(found)
@@ -76,7 +77,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
 def oracle_steps(
     model: Model, prompts: Sequence[Sequence[int]], reference: Tokens, answer_length: int, block_length: int, cache: Cache
 ) -> tuple[State, list[Examples]]:
-    """The oracle's decode towards `reference` (canvases of a slow decode): its last state, and the examples of every step."""
+    """The oracle's decode towards `reference` (canvases of a slow decode), up to each end-of-text: last state, examples of each step."""
     schedule, stop, propose = SemiAutoregressive(block_length), AtEos(), Sample()
     rows = [(list(prompt), [None] * answer_length) for prompt in prompts]
     state = begin_state(model.spec, rows, [0] * len(rows), length=reference.shape[1], device=reference.device)
