@@ -45,8 +45,9 @@ class Verdict:
     fill: positions of rows that go on which become end-of-text now, decided or not; the model sees them from the next step on.
     cut: rows that go on end here from now on; what lies behind becomes end-of-text and is seen no more. A cut never moves an end to the
     right, and never drops a decided token that is not end-of-text, nor a pinned one.
-    commit_all: rows whose masks before `end` all take their proposed tokens now; they finish with Result.EARLY_COMMIT, whatever `done`
-    and `result` say. A mask that was not read has no proposal and is not written: such a row ends before it.
+    commit_all: rows whose masks before `end` all take their proposed tokens now, and that finish: with Result.EARLY_COMMIT, or with
+    `result` where `done` says so too. A mask that was not read has no proposal and is not written: such a row ends before it. What is
+    committed because of Result.MAX_STEPS counts as forced.
     """
 
     done: Rows
@@ -197,10 +198,13 @@ class State:
         if verdict.commit_all is not None:
             if proposal is None:
                 raise ValueError("a verdict that commits all needs the proposal, got none. Write state.finish(verdict, proposal).")
-            ahead = self.masked & self.inside & (self.positions < verdict.end.unsqueeze(1))
-            written = self.write(verdict.commit_all.unsqueeze(1) & ahead & proposal.read, proposal.tokens)
+            rows = verdict.commit_all & ~self.done
+            result = torch.where(verdict.commit_all & ~done, int(Result.EARLY_COMMIT), result)
+            rest = rows.unsqueeze(1) & self.masked & self.inside & (self.positions < verdict.end.unsqueeze(1)) & proposal.read
+            written = self.write(rest, proposal.tokens)
+            late = torch.where(result == int(Result.MAX_STEPS), rest.sum(1), 0)
+            written = replace(written, forced=self.forced + late)
             done = done | verdict.commit_all
-            result = torch.where(verdict.commit_all, int(Result.EARLY_COMMIT), result)
         now = done & ~self.done
         after = replace(
             written,

@@ -10,7 +10,7 @@ from dllm_toolkit.decoders.learn2pd import Filter, LearnedFilter, learn2pd
 from dllm_toolkit.decoders.prophet import PhasedMargin, prophet
 from dllm_toolkit.decoders.rules.commit import Quota
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
-from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos, WhenFull
+from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos, StepLimit, WhenFull
 from dllm_toolkit.decoders.sched import ScheduledMargin, sched
 from dllm_toolkit.testing.case import Case, Knob
 
@@ -82,6 +82,12 @@ DECODERS = (
             "stop_at_eos": Knob(False, {"cut": "never"}),
         },
     ),
+    Case(
+        "block with a step limit",
+        "decoder",
+        BlockDecoder,
+        {"schedule": SemiAutoregressive(4), "commit": Quota(), "stop": AnyOf((StepLimit(5), AtEos()))},
+    ),
     Case("learn2pd cutting", "decoder", learn2pd, {"filter": toy_filter(), "cut": "predicted", "stop_at_eos": False}),
 )
 
@@ -97,6 +103,7 @@ COMMITS = (
 
 STOPS = (
     Case("cut_at_eos", "stop", CutAtEos, knobs={"predicted": Knob(True, place=_whole)}),
+    Case("step_limit", "stop", StepLimit, {"steps": 3}, knobs={"steps": Knob(2, place=_whole)}),
     Case("any_of", "stop", AnyOf, {"rules": (AtEos(), CutAtEos())}, knobs={"rules": Knob((WhenFull(),))}),
     Case(
         "phased_margin",

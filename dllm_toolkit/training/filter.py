@@ -79,7 +79,7 @@ def oracle_steps(
 ) -> tuple[State, list[Examples]]:
     """The oracle's decode towards `reference` (canvases of a slow decode), up to each end-of-text: last state, examples of each step."""
     schedule, stop, propose = SemiAutoregressive(block_length), AtEos(), Sample()
-    rows = [(list(prompt), [None] * answer_length) for prompt in prompts]
+    rows: list[tuple[list[int], list[int | None]]] = [(list(prompt), [None] * answer_length) for prompt in prompts]
     state = begin_state(model.spec, rows, [0] * len(rows), length=reference.shape[1], device=reference.device)
     state = state.with_part(schedule=schedule.init(state), stop=stop.init(state))
     engine = Engine(model, cache, state)

@@ -25,7 +25,7 @@ from dllm_toolkit.decoders.prophet import PhasedMargin, prophet
 from dllm_toolkit.decoders.rules.commit import Gate, Quota
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
-from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos, WhenFull
+from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos, StepLimit, WhenFull
 from dllm_toolkit.decoders.sched import ScheduledMargin, sched
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
@@ -111,6 +111,7 @@ READING = (
     Pair("E23 stopping at end-of-text", lambda: prophet(None, 4, inf, inf, inf, stop_at_eos=True), lambda: semi_ar(4)),
     Pair("E23 for SchED", lambda: sched(None, None, inf, inf), vanilla),
     Pair("E23 for SchED, in blocks", lambda: sched(6, 4, inf, inf, stop_at_eos=True), lambda: semi_ar(4, 6)),
+    pair("a limit that is never reached", stops, AnyOf((AtEos(), StepLimit(99))), AtEos()),
     pair("E23 in a pipeline", stops_pipelines, AnyOf((AtEos(), PhasedMargin(inf, inf, inf))), AtEos()),
 )
 

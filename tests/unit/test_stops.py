@@ -18,11 +18,11 @@ from dllm_toolkit.decoders.base import DecodeError, Decoder, check
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.learn2pd import Filter, LearnedFilter, block_windows, filter_logits, learn2pd, load_filter, save_filter, traits
 from dllm_toolkit.decoders.prophet import PhasedMargin, answer_region, prophet
-from dllm_toolkit.decoders.rules.commit import Quota
+from dllm_toolkit.decoders.rules.commit import Gate, Quota
 from dllm_toolkit.decoders.rules.early import Margins, gaps
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
-from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos
+from dllm_toolkit.decoders.rules.stop import AnyOf, AtEos, CutAtEos, StepLimit
 from dllm_toolkit.decoders.sched import ScheduledMargin
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
@@ -101,6 +101,21 @@ def test_a_reason_for_each_row() -> None:
     reasons = torch.tensor([int(Result.FULL), int(Result.END_OF_TEXT)])
     after = fresh().finish(verdict(done=torch.tensor([True, True]), result=reasons))
     assert after.result.tolist() == [Result.FULL, Result.END_OF_TEXT]
+
+
+def test_a_step_limit_completes_the_text_and_says_so() -> None:
+    """7.4: the argmax everywhere, counted as forced, with the reason; a row that is full in that step needs no completion."""
+    logits = torch.zeros(8, VOCABULARY, dtype=torch.float64)
+    logits[torch.arange(8), torch.arange(8)] = 9.0
+    decoder = BlockDecoder(SemiAutoregressive(4), Quota(), stop=AnyOf((AtEos(), StepLimit(3))))
+    output = decode(Scripted([logits]), decoder, [[1], [1], [1]], max_new_tokens=[7, 3, 4])
+    assert output.tokens == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3], [1, 2, 3, 4]]
+    assert output.stats.nfe == [3, 3, 3] and output.stats.forced == [4, 0, 1]
+    assert output.result == [Result.MAX_STEPS, Result.FULL, Result.MAX_STEPS]
+    gated = replace(decoder, commit=Gate(2.0))  # nothing ever passes
+    assert decode(Scripted([logits]), gated, [[1]], max_new_tokens=7).stats.forced == [7]
+    held = replace(decoder, schedule=SemiAutoregressive(4, hold=60), commit=Gate(2.0))  # nothing must move either
+    assert decode(Scripted([logits]), held, [[1]], max_new_tokens=7).tokens == output.tokens[:1]
 
 
 # ---- Verdict.cut
@@ -391,6 +406,7 @@ def test_a_short_last_block_is_padded_with_sureness() -> None:
     ("make", "message"),
     [
         (lambda: AnyOf(()), "at least one stop rule"),
+        (lambda: StepLimit(0), "steps must be 1 or more, got 0"),
         (lambda: AtEos(skip_first=True), "nothing to skip"),
         (lambda: PhasedMargin(positions=0), "positions must be 1 or more, got 0"),
         (lambda: PhasedMargin(region="last", positions=None), "how many with region last"),

@@ -3,6 +3,7 @@
     at_eos       an end-of-text token is decided and nothing before it is masked: the row is finished
     cut_at_eos   an end-of-text token is decided (or predicted): the row goes on, on a canvas that ends there
     when_full    never
+    step_limit   enough steps were taken: everything that is left is committed
     any_of       the first of several rules that has something to say
 
 Rules that commit the rest of an answer at once are in the files of their methods.
@@ -104,6 +105,28 @@ class WhenFull(Stop):
         return Verdict(torch.zeros_like(state.done), state.end, Result.FULL)
 
 
+@register("stop", "step_limit")
+@dataclass(frozen=True)
+class StepLimit(Stop):
+    """After `steps` steps of a row, commit everything that is left of it at once, whatever its rules and gates would say.
+
+    `decode(max_steps=...)` is the limit of a whole decode and cuts a text before its first mask; this one completes the text. It reads the
+    whole answer; what attention does not see yet (later blocks of a block-causal model) cannot be completed, and the text ends before it.
+    """
+
+    wants_answer = True
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise DecodeError(f"steps must be 1 or more, got {self.steps}. It counts steps of a row. Write steps: 256.")
+
+    def check(self, proposal: Proposal, region: Region, state: State) -> Verdict:
+        now = (state.step + 1 >= self.steps) & state.masked.any(1)
+        return Verdict(now, state.end, Result.MAX_STEPS, commit_all=now)
+
+
 @register("stop", "any_of")
 @dataclass(frozen=True)
 class AnyOf(Stop):
@@ -127,8 +150,9 @@ class AnyOf(Stop):
         for one in verdicts:
             said = one.done if one.commit_all is None else one.done | one.commit_all
             first = said & ~done
+            why = one.result if isinstance(one.result, Tensor) else int(one.result)
             end = torch.where(first, one.end, end)
-            result = torch.where(first, one.result if isinstance(one.result, Tensor) else int(one.result), result)
+            result = torch.where(first, torch.where(one.done, why, int(Result.EARLY_COMMIT)), result)
             if one.commit_all is not None:
                 commits = commits | (first & one.commit_all)
             done = done | said
