@@ -210,10 +210,17 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     _require_lightning("training")
+    from dllm_toolkit import recipe
+    from dllm_toolkit.training.filter import FilterRecipe, run_filter_training
     from dllm_toolkit.training.run import TrainRecipe, run_training
 
-    recipe = _load(arguments, TrainRecipe)
-    run_training(recipe, recipe.build(TrainRecipe))
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    if "filter" in loaded.tree:
+        loaded = loaded.checked(FilterRecipe)
+        run_filter_training(loaded, loaded.build(FilterRecipe))
+    else:
+        loaded = loaded.checked(TrainRecipe)
+        run_training(loaded, loaded.build(TrainRecipe))
     return 0
 
 
@@ -286,11 +293,12 @@ def _root_of(tree: dict[str, Any]) -> type:
         from dllm_toolkit.evaluation.compare import CompareRecipe
 
         return CompareRecipe
-    if "objective" in tree or "trainer" in tree:
+    if "objective" in tree or "trainer" in tree or "filter" in tree:
         _require_lightning("a training recipe")
+        from dllm_toolkit.training.filter import FilterRecipe
         from dllm_toolkit.training.run import TrainRecipe
 
-        return TrainRecipe
+        return FilterRecipe if "filter" in tree else TrainRecipe
     from dllm_toolkit.generate import GenerateRecipe
 
     return GenerateRecipe

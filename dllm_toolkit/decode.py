@@ -164,8 +164,7 @@ def _start(
     with torch.inference_mode():
         state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
-    schedule = getattr(decoder, "schedule", None)
-    engine = Engine(model, cache, state, max_reads=schedule.max_reads(max(budget)) if schedule is not None else None, compile=compile)
+    engine = Engine(model, cache, state, max_reads=decoder.max_reads(max(budget)), compile=compile)
     return state, engine, budget
 
 

@@ -38,6 +38,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "commit": _DECODING,
     "revise": _DECODING,
     "stop": _DECODING,
+    "filter": _DECODING,
     "cache": ("dllm_toolkit.cache",),
     "task": ("dllm_toolkit.evaluation.tasks",),
     "objective": _TRAINING,

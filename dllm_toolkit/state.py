@@ -40,16 +40,23 @@ class Edit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why.
+    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why (one reason, or one a row).
 
     fill: positions of rows that go on which become end-of-text now, decided or not; the model sees them from the next step on.
+    cut: rows that go on end here from now on; what lies behind becomes end-of-text and is seen no more. A cut never moves an end to the
+    right, and never drops a decided token that is not end-of-text, nor a pinned one.
+    commit_all: rows whose masks before `end` all take their proposed tokens now, and that finish: with Result.EARLY_COMMIT, or with
+    `result` where `done` says so too. A mask that was not read has no proposal and is not written: such a row ends before it. What is
+    committed because of Result.MAX_STEPS counts as forced.
     """
 
     done: Rows
     end: Int[Tensor, "B"]
-    result: Result
+    result: Result | Int[Tensor, "B"]
     carry: PyTree = ()
     fill: Canvas | None = None
+    cut: Int[Tensor, "B"] | None = None
+    commit_all: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Region:
     @property
     def span(self) -> Canvas:
         """The open span: what is read, and the decided positions among it that this decoder does not look at."""
-        return self.read if self.open is None else self.open
+        return self.read if self.open is None else self.read | self.open
 
     def changeable(self, state: State) -> Canvas:
         """Decided positions that a revise rule may change: read, not closed, neither fixed nor end-of-text that a stop rule filled in.
@@ -111,6 +118,11 @@ class Proposal:
     @property
     def live(self) -> Bool[Tensor, "B R"]:
         return self.positions < self.tokens.shape[1]
+
+    @property
+    def read(self) -> Canvas:
+        """Positions that have a proposal."""
+        return lanes.to_canvas(torch.ones_like(self.positions, dtype=torch.bool), self.positions, self.tokens.shape[1], False)
 
     def to_canvas(self, values: Float[Tensor, "B R"], fill: float) -> Scores:
         """Spread a value for each read lane over the canvas."""
@@ -191,18 +203,43 @@ class State:
         parts = replace(self.parts, revise=edit.carry)
         return replace(after, settled=edit.settled, edits=self.edits + changed.sum(1), parts=parts)
 
-    def finish(self, verdict: Verdict) -> State:
-        """Rows that a stop rule has ended, in a step that counts for them. `advance` fills what is behind their end."""
-        now = verdict.done & ~self.done
+    def finish(self, verdict: Verdict, proposal: Proposal | None = None) -> State:
+        """Rows that a stop rule has ended, in a step that counts for them. `advance` fills what is behind their end.
+
+        proposal: of the same step; `Verdict.commit_all` writes its tokens.
+        """
+        written, done = self, verdict.done
+        result = verdict.result if isinstance(verdict.result, Tensor) else int(verdict.result)
+        if verdict.commit_all is not None:
+            if proposal is None:
+                raise ValueError("a verdict that commits all needs the proposal, got none. Write state.finish(verdict, proposal).")
+            rows = verdict.commit_all & ~self.done
+            result = torch.where(verdict.commit_all & ~done, int(Result.EARLY_COMMIT), result)
+            rest = rows.unsqueeze(1) & self.masked & self.inside & (self.positions < verdict.end.unsqueeze(1)) & proposal.read
+            written = self.write(rest, proposal.tokens)
+            late = torch.where(result == int(Result.MAX_STEPS), rest.sum(1), 0)
+            written = replace(written, forced=self.forced + late)
+            done = done | verdict.commit_all
+        now = done & ~self.done
         after = replace(
-            self,
+            written,
             done=self.done | now,
             step=self.step + now.long(),  # `advance` counts the step of the rows that go on
             end=torch.where(now, verdict.end, self.end),
-            result=torch.where(now, int(verdict.result), self.result),
+            result=torch.where(now, result, self.result),
             parts=replace(self.parts, stop=verdict.carry),
         )
-        return after if verdict.fill is None else after._end_text(verdict.fill & ~after.done.unsqueeze(1))
+        if verdict.fill is not None:
+            after = after._end_text(verdict.fill & ~after.done.unsqueeze(1))
+        return after if verdict.cut is None else after._cut(verdict.cut)
+
+    def _cut(self, end: Int[Tensor, "B"]) -> State:
+        """Rows that go on end at `end` where that is earlier, but not before the last token that says something."""
+        says = self.inside & ~self.masked & ~self.is_eos()  # pinned end-of-text is not `is_eos`
+        least = torch.maximum(torch.where(says, self.positions + 1, 0).amax(1), self.begin)
+        end = torch.where(self.done, self.end, torch.minimum(self.end, torch.maximum(end, least)))
+        behind = self.inside & (self.positions >= end.unsqueeze(1))
+        return replace(self._end_text(behind), end=end)
 
     def fill(self) -> State:
         """Write end-of-text behind the end of finished rows. What a finished row left masked lies behind its end."""

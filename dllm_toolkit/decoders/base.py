@@ -39,6 +39,9 @@ class Part(abc.ABC):
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
         """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""
 
+    def check_decoder(self, decoder: Decoder, spec: ModelSpec) -> None:  # noqa: B027 - most parts go with every other
+        """Raise DecodeError if the part does not go with the others of `decoder` on this model (a filter for other blocks)."""
+
     def init(self, state: State) -> PyTree:
         """The part's own state before the first step; () if it remembers nothing."""
         return ()
@@ -121,7 +124,13 @@ class Revise(Part):
 
 
 class Stop(Part):
-    """Is a row finished, and where does its text end?"""
+    """Is a row finished, and where does its text end?
+
+    wants_answer: the rule looks at every masked position of the answer that attention may see, not only at what the schedule reads. A
+    step then reads them all, so a cache computes them all.
+    """
+
+    wants_answer: ClassVar[bool] = False
 
     @abc.abstractmethod
     def check(self, proposal: Proposal, region: Region, state: State) -> Verdict: ...
@@ -140,11 +149,17 @@ class Decoder(abc.ABC):
     @abc.abstractmethod
     def step(self, engine: Engine, state: State) -> State: ...
 
+    def max_reads(self, answer_length: int) -> int | None:
+        """The most positions that one step may read in a row, a static bound for compiled decoding; None: the whole canvas."""
+        return None
+
     def members(self) -> list[Part | Decoder]:
-        """This decoder, its parts, and theirs: rules may hold rules."""
+        """This decoder, its parts, and theirs: rules may hold rules, alone or in a tuple."""
         found: list[Part | Decoder] = [self]
         for one in found:
-            found += [value for value in vars(one).values() if isinstance(value, Part | Decoder)]
+            for value in vars(one).values():
+                held = value if isinstance(value, tuple) else (value,)
+                found += [item for item in held if isinstance(item, Part | Decoder)]
         return found
 
     def requirements(self) -> frozenset[Need]:
@@ -188,6 +203,7 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
     for member in decoder.members():
         if isinstance(member, Part):
             member.check_model(spec)
+            member.check_decoder(decoder, spec)
 
 
 def extra_steps(decoder: Decoder, answer_length: int) -> int:

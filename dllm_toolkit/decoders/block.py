@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dllm_toolkit.decoders.base import Commit, Decoder, Part, Propose, Revise, Schedule, Stop
@@ -49,15 +50,26 @@ class BlockDecoder(Decoder):
             stop=self.stop.init(state),
         )
 
-    @property
+    @cached_property
     def looks_back(self) -> bool:
         """Does a part want the logits of decided positions?"""
         return any(isinstance(one, Part) and one.looks_back for one in self.members())
+
+    @cached_property
+    def wants_answer(self) -> bool:
+        """Does a stop rule look at the whole answer?"""
+        return any(isinstance(one, Stop) and one.wants_answer for one in self.members())
+
+    def max_reads(self, answer_length: int) -> int:
+        reads = self.schedule.max_reads(answer_length)
+        return max(reads, answer_length) if self.wants_answer else reads
 
     def step(self, engine: Engine, state: State) -> State:
         region = self.schedule.region(state)
         if not self.looks_back:
             region = replace(region, read=region.read & state.masked, open=region.span)
+        if self.wants_answer:
+            region = replace(region, read=region.read | (state.masked & state.inside & region.visible))
         answer = engine.ask(state, region)
         return engine.unit(self.decide)(answer, region, state)
 
@@ -90,5 +102,5 @@ class BlockDecoder(Decoder):
             may = region.changeable(after)
             edit = replace(edit, replace=edit.replace & may & ~edit.remask, remask=edit.remask & may)
             after = after.revise(edit, proposal.tokens)
-        after = after.finish(self.stop.check(proposal, region, after))
+        after = after.finish(self.stop.check(proposal, region, after), proposal)
         return after.advance(*self.schedule.advance(after))

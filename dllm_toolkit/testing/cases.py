@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise
+from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise, cases_stops
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -254,6 +254,7 @@ DECODERS = (
     *cases_commit.DECODERS,
     *cases_revise.DECODERS,
     *cases_cache.DECODERS,
+    *cases_stops.DECODERS,
 )
 
 SCHEDULES = (
@@ -364,12 +365,19 @@ COMMITS = (
     *cases_commit.COMMITS,
     *cases_revise.COMMITS,
     *cases_cache.COMMITS,
+    *cases_stops.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
 STOPS = (
-    Case("at_eos", "stop", AtEos, knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True})}),
+    Case(
+        "at_eos",
+        "stop",
+        AtEos,
+        knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True}), "wait_for": Knob("whole_block")},
+    ),
     Case("when_full", "stop", WhenFull),
+    *cases_stops.STOPS,
 )
 CACHES = (
     Case("none", "cache", policies.NoCache),

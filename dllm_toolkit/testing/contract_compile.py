@@ -45,7 +45,7 @@ def d11_one_graph(bench: Bench) -> None:
     if not isinstance(decoder, BlockDecoder):
         return
     recording = bench.recording
-    width = min(decoder.schedule.max_reads(max(map(len, bench.batch.templates))), recording.first.tokens.shape[1])
+    width = min(decoder.max_reads(max(map(len, bench.batch.templates))), recording.first.tokens.shape[1])
     torch._dynamo.reset()
     counter = GraphCounter()
     compiled = torch.compile(decoder.decide, fullgraph=True, dynamic=False, backend=counter)

@@ -287,7 +287,9 @@ def _chain(recording: Recording) -> None:
                 fail_where(sources & ~computed, number, "read but not computed in this forward. Cache.plan must contain region.read.")
             fail_where(alive & ask.plan.compute & ~ask.plan.visible, number, "the cache computes what it says is not visible.")
             fail_where(alive & ask.plan.visible & ~region.visible, number, "the cache shows what the schedule hides.")
-            eligible = eligible | region.eligible
+            # A row that a stop rule finishes by committing the rest writes what was read, wherever the schedule is.
+            early = ~ask.state.done & ((moment.after.result == Result.EARLY_COMMIT) | (moment.after.result == Result.MAX_STEPS))
+            eligible = eligible | region.eligible | (region.read & moment.before.masked & early.unsqueeze(1))
         chosen = moment.before.masked & ~moment.after.masked & ~_behind(moment.after)
         fail_where(chosen & ~eligible, number, "committed though the region says it is not eligible.")
 

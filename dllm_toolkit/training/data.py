@@ -178,8 +178,8 @@ class StoryData(Data):
     """Story arithmetic (data/stories.py): `size` training problems and `heldout` others, disjoint by construction.
 
     Rows are `[prompt | solution EOS EOS ...]` with an answer of `answer_length` tokens. `style`: `terse`, or `worded`, which needs an
-    answer of 128 and a prompt of 112. `data_seed` picks the problems; the order in which they come follows the run's seed. `workers`: processes
-    that write them; 0 is this process, None one for each core if many.
+    answer of 128 and a prompt of 112. `data_seed` picks the problems; the order in which they come follows the run's seed.
+    `workers`: processes that write them; 0 is this process, None one for each core if many.
     """
 
     size: int = 100_000

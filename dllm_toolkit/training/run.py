@@ -111,11 +111,11 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     Raises TrainError if `output` belongs to another recipe (nothing is overwritten).
     """
     settings = built.trainer
-    checkpoint = _owned(built.output, recipe)
-    _check_export(recipe, built)
+    checkpoint = owned(built.output, recipe)
+    check_export(recipe, built.export)
     model = _prepare(recipe, built)
     trainer = _trainer(recipe, built, checkpoint)
-    _claim(built.output, recipe)
+    claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
@@ -132,9 +132,9 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         seed=built.seed,
     )
     device = trainer.strategy.root_device
-    _say(f"making {type(built.data).__name__} on {device}")
+    say(f"making {type(built.data).__name__} on {device}")
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
-    _say(f"{train.size}, {train.batches_per_epoch} batches an epoch")
+    say(f"{train.size}, {train.batches_per_epoch} batches an epoch")
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)
@@ -155,7 +155,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     return module
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -168,7 +168,7 @@ def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
         raise TrainError(recipe.at(keys, error)) from error
 
 
-def _owned(output: Path, recipe: Recipe) -> Path | None:
+def owned(output: Path, recipe: Recipe) -> Path | None:
     """The checkpoint in `output` to resume from, if any. Raises TrainError if the directory belongs to another recipe."""
     name = output / "recipe.sha"
     checkpoint = output / "last.ckpt"
@@ -184,16 +184,15 @@ def _owned(output: Path, recipe: Recipe) -> Path | None:
     return checkpoint if checkpoint.is_file() else None
 
 
-def _claim(output: Path, recipe: Recipe) -> None:
+def claim(output: Path, recipe: Recipe) -> None:
     """Make `output` this recipe's own. Only once everything that can be refused was looked at: a mistake must not take a directory."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (output / "recipe.sha").write_text(recipe.hash() + "\n", encoding="utf-8")
 
 
-def _check_export(recipe: Recipe, built: TrainRecipe) -> None:
+def check_export(recipe: Recipe, where: Path | None) -> None:
     """Hours of training must not end at a path that cannot be written. An earlier export (it has a card) is replaced."""
-    where = built.export
     if where is None:
         return
     with _placed(recipe, "export"):
@@ -301,7 +300,7 @@ def _finish(
             module.validation_step(batch, number)
         module.on_validation_epoch_end()
     assert module.last_loss is not None and module.validation_loss is not None
-    _say(
+    say(
         f"step {trainer.global_step}: train loss {float(module.last_loss):.4f}, validation loss {module.validation_loss:.4f}, "
         f"{module.seconds:.0f} s"
     )
@@ -341,4 +340,4 @@ def _finish(
             "recipe": recipe.to_yaml(),
         },
     )
-    _say(f"exported to {built.export}")
+    say(f"exported to {built.export}")

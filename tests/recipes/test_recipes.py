@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from dllm_toolkit import cli, recipe
+from dllm_toolkit.decoders.learn2pd import save_filter
 from dllm_toolkit.evaluation.compare import CompareRecipe
 from dllm_toolkit.generate import GenerateRecipe
+from dllm_toolkit.testing.cases_stops import toy_filter
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -29,6 +31,7 @@ TRAIN = (
     "data.batch_size=2",
     "export=null",
 )
+TRAIN_FILTER = ("trainer.max_steps=2", "data.size=4", "data.heldout=2", "data.batch_size=2", "export=null")
 TINY = ("model.width=16", "model.layers=1", "model.heads=2", "model.mlp_width=32")
 
 
@@ -54,11 +57,14 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     output = tmp_path / "out"
     if root is GenerateRecipe:
         command = ["generate", str(path), *stand_in(tree["model"]), "run.max_new_tokens=70", "run.compile=false"]
+        if isinstance(tree["decoder"], dict) and "filter" in tree["decoder"]:
+            save_filter(toy_filter(32), output / "filter")
+            command.append(f"decoder.filter={output / 'filter'}")
     elif root is CompareRecipe:
         command = ["compare", str(path), *COMPARE, f"output={output}"]
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
-        command = ["train", str(path), *TRAIN, *tiny, f"output={output}"]
+        command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else TRAIN), *tiny, f"output={output}"]
     assert cli.main(["show", *command[1:]]) == 0
     capsys.readouterr()
     code = cli.main(command)

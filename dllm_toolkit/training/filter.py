@@ -1,0 +1,386 @@
+"""Training Learn2PD's filter (`decoders/learn2pd.py`): which proposed tokens of a block are final already?
+
+    reference <- decode slowly: one token a step, greedy                          what the model ends up saying
+    decode the same prompt again with an oracle (extremely greedy parallel):
+        in every step commit exactly the masks whose proposed token is that of the reference
+        write down (confidences of the open block, is each proposed token that of the reference?)
+        nothing right: the surest mask takes the token of the reference             the promise of progress
+    train an MLP on what was written down: binary cross-entropy, the whole set in every step
+
+The model is frozen and only asked; the network has some hundred weights. Its examples are kept in the output directory, so that a run
+that was stopped does not decode again.
+
+Reference: Learn2PD, arXiv 2509.25188: 2,640 prompts, AdamW at 3e-3, 40,000 steps, blocks of 32. The paper does not name its activation
+(ReLU here), and fills the whole block where nothing is right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.policies import NoCache
+from dllm_toolkit.decode import decode
+from dllm_toolkit.decoders.learn2pd import Activation, Filter, block_windows, confidences, filter_logits, save_filter, traits
+from dllm_toolkit.decoders.rules.propose import Sample
+from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
+from dllm_toolkit.decoders.rules.stop import AtEos
+from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.engine import Engine
+from dllm_toolkit.models.base import Model
+from dllm_toolkit.ops.select import ensure_progress
+from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.state import State, begin_state
+from dllm_toolkit.training.data import Data, Source
+from dllm_toolkit.training.export import write_card
+from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
+from dllm_toolkit.training.run import TrainError, check_export, claim, owned, say
+from dllm_toolkit.types import Tokens
+
+
+class Examples(NamedTuple):
+    """One row a step of an oracle's decode: confidences of the open block, which proposals are final, which positions were masked."""
+
+    confidence: Float[Tensor, "N n"]
+    right: Bool[Tensor, "N n"]
+    masked: Bool[Tensor, "N n"]
+
+
+def oracle_examples(model: Model, prompts: Sequence[Sequence[int]], answer_length: int, block_length: int, cache: Cache) -> Examples:
+    """Decode a batch of prompts slowly, then with the oracle, and return what a filter can learn from it."""
+    # To the end of the budget: what `AtEos` fills in behind an end-of-text token is nothing that the model has said.
+    output = decode(model, vanilla(block_length=block_length), prompts, max_new_tokens=answer_length, cache=cache)
+    with torch.inference_mode():
+        _, found = oracle_steps(model, prompts, output.canvas, answer_length, block_length, cache)
+        return joined(found)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The rows of several sets of examples, in order."""
+    return Examples(*(torch.cat(pieces).contiguous() for pieces in zip(*parts, strict=True)))
+
+
+def oracle_steps(
+    model: Model, prompts: Sequence[Sequence[int]], reference: Tokens, answer_length: int, block_length: int, cache: Cache
+) -> tuple[State, list[Examples]]:
+    """The oracle's decode towards `reference` (canvases of a slow decode), up to each end-of-text: last state, examples of each step."""
+    schedule, stop, propose = SemiAutoregressive(block_length), AtEos(), Sample()
+    rows: list[tuple[list[int], list[int | None]]] = [(list(prompt), [None] * answer_length) for prompt in prompts]
+    state = begin_state(model.spec, rows, [0] * len(rows), length=reference.shape[1], device=reference.device)
+    state = state.with_part(schedule=schedule.init(state), stop=stop.init(state))
+    engine = Engine(model, cache, state)
+    found: list[Examples] = []
+    while not bool(state.done.all()):
+        region = schedule.region(state)
+        proposal = propose(engine.ask(state, region), state)
+        right = proposal.tokens == reference
+        alive = ~state.done
+        block = torch.where(region.eligible, region.block, region.block.amax() + 1).amin(1)[alive]  # the open block of each row
+
+        def window(values: Tensor, fill: float, alive: Tensor = alive, block: Tensor = block, index: Tokens = region.block) -> Tensor:
+            windows, _ = block_windows(values.double(), index, block_length, fill)
+            return windows[alive][torch.arange(len(block), device=block.device), block]
+
+        found.append(
+            Examples(
+                window(confidences(proposal), 1.0).float(),
+                window(right | ~proposal.read, 1.0) > 0,
+                window(state.masked & region.eligible, 0.0) > 0,
+            )
+        )
+        chosen = ensure_progress(region.eligible & right, proposal.score, region.eligible, region.group, region.force)
+        state = state.write(chosen & alive.unsqueeze(1), reference)
+        state = state.finish(stop.check(proposal, region, state), proposal)
+        state = state.advance(*schedule.advance(state))
+    return state, found
+
+
+class FilterNetwork(nn.Module):
+    """The network that becomes a `Filter`: `layers` linear layers from block_length to block_length."""
+
+    def __init__(self, block_length: int, layers: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        widths = [block_length, *[hidden] * (layers - 1), block_length]
+        self.linear = nn.ModuleList(nn.Linear(narrow, wide) for narrow, wide in itertools.pairwise(widths))
+        self.activation: Activation = activation
+
+    @property
+    def layers(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple((layer.weight, layer.bias) for layer in self.linear)  # type: ignore[misc]
+
+    def forward(self, confidence: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
+        return filter_logits(self.layers, self.activation, confidence)
+
+
+def filter_loss(logits: Float[Tensor, "N n"], examples: Examples, masked_only: bool) -> Float[Tensor, ""]:
+    """Binary cross-entropy, mean over all positions of all blocks, or over the masked ones."""
+    each = F.binary_cross_entropy_with_logits(logits, examples.right.to(logits.dtype), reduction="none")
+    if not masked_only:
+        return each.mean()
+    weight = examples.masked.to(logits.dtype)
+    return (each * weight).sum() / weight.sum().clamp(min=1)
+
+
+def judge(logits: Float[Tensor, "N n"], examples: Examples, accept: float) -> dict[str, float]:
+    """How a filter does on masked positions: the shares of the wrong and of the right proposals that it accepts."""
+    taken = logits.sigmoid() >= accept
+    wrong, right = examples.masked & ~examples.right, examples.masked & examples.right
+    return {
+        "accepted_of_wrong": float((taken & wrong).sum() / wrong.sum().clamp(min=1)),
+        "accepted_of_right": float((taken & right).sum() / right.sum().clamp(min=1)),
+    }
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """The network: blocks of block_length, `layers` linear layers, hidden ones as wide as a block unless `hidden` says otherwise.
+
+    masked_only: decided positions, whose label is nearly always yes, do not count in the loss; the paper counts them.
+    """
+
+    block_length: int = 32
+    layers: int = 2
+    hidden: int | None = None
+    activation: Activation = "relu"
+    masked_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name, example in (("block_length", 32), ("layers", 2), ("hidden", 32)):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainError(f"{name} must be at least 1, got {value}. It is a size of the filter. Write {name}: {example}.")
+
+
+@dataclass(frozen=True)
+class FilterTrainer:
+    """How long and where: optimiser steps on the whole set of examples; validate_every also decides which weights are kept."""
+
+    max_steps: int = 2000
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    validate_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "validate_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}. It counts steps. Write {name}: 100.")
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise TrainError("no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu.")
+
+
+@dataclass(frozen=True)
+class FilterRecipe:
+    """The root of a recipe that trains a filter for a frozen model.
+
+    data: its prompts are decoded, its answers are not looked at; batch_size rows at a time, with `cache`. output: examples, metrics and
+    TensorBoard files. export: where the filter and its card go.
+    """
+
+    model: Lazy[Model]
+    data: Data
+    filter: FilterSettings
+    output: Path
+    cache: Cache = field(default_factory=NoCache)
+    optimizer: OptimizerRecipe = AdamW(learning_rate=3e-3, weight_decay=0.01)
+    schedule: LearningRate = Constant()
+    trainer: FilterTrainer = field(default_factory=FilterTrainer)
+    export: Path | None = None
+    summary: str = "A filter for Learn2PD, trained with dllm_toolkit."
+    seed: int = 0
+
+
+class FilterModule(pl.LightningModule):
+    """Trains a network on one set of examples; keeps the weights with the least loss on the held-out ones."""
+
+    def __init__(self, built: FilterRecipe, network: FilterNetwork, heldout: Examples) -> None:
+        super().__init__()
+        self.built, self.network, self.heldout = built, network, heldout
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.last_loss = torch.zeros(())
+
+    def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
+        loss = filter_loss(self.network(batch.confidence), batch, self.built.filter.masked_only)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_train_batch_start(self, batch: Examples, batch_idx: int) -> None:
+        factor = self.built.schedule.factor(self.global_step, self.global_step / self.built.trainer.max_steps)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_train_batch_end(self, outputs: Any, batch: Examples, batch_idx: int) -> None:
+        step, settings = self.global_step, self.built.trainer
+        if step % settings.validate_every and step != settings.max_steps:
+            return
+        loss = self.judged()
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, step, {name: value.detach().clone() for name, value in self.network.state_dict().items()})
+        metrics = {"train/loss": float(self.last_loss), "validation/loss": loss}
+        if self.trainer.logger is not None:
+            self.trainer.logger.log_metrics(metrics, step)
+        if step == settings.max_steps or step % (settings.validate_every * 5) == 0:
+            say(f"step {step:>6}  loss {metrics['train/loss']:.4f}  validation loss {loss:.4f}")
+
+    @torch.no_grad()
+    def judged(self) -> float:
+        """The loss on the held-out examples."""
+        heldout = Examples(*(part.to(self.device) for part in self.heldout))
+        return float(filter_loss(self.network(heldout.confidence), heldout, self.built.filter.masked_only))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.built.optimizer.build(self.network.named_parameters(), self.device)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+
+class Whole:
+    """The same examples in every step."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[Examples]:
+        while True:
+            yield self.examples
+
+
+def run_filter_training(recipe: Recipe, built: FilterRecipe) -> Filter:
+    """Collect examples (unless they are there), train, and export the filter with its card. Returns the filter.
+
+    Raises TrainError if `output` belongs to another recipe (nothing is overwritten).
+    """
+    owned(built.output, recipe)
+    check_export(recipe, built.export)
+    device = torch.device("cuda" if built.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    model: Any = built.model.build()
+    try:
+        built.data.check(model.spec.max_positions)
+    except ValueError as error:
+        raise TrainError(recipe.at(("data",), error)) from error
+    if getattr(model, "tokenizer", None) is not None and model.tokenizer.get_vocab() != built.data.tokenizer().get_vocab():
+        raise TrainError(
+            recipe.at(("data",), f"the data's tokens are not the model's, got {type(built.data).__name__}. Its prompts would mean nothing.")
+        )
+    claim(built.output, recipe)
+    started = time.monotonic()
+    train, heldout = _examples(built, model.to(device), device)
+    collected = time.monotonic() - started
+    settings = built.filter
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(built.seed)
+        network = FilterNetwork(settings.block_length, settings.layers, settings.hidden or settings.block_length, settings.activation)
+    module = FilterModule(built, network, heldout)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        max_steps=built.trainer.max_steps,
+        accelerator=built.trainer.accelerator,
+        devices=1,
+        logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version=""),
+        default_root_dir=built.output,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, Whole(train))
+    assert module.best is not None
+    loss, step, weights = module.best
+    network.cpu().load_state_dict(weights)
+    source = built.model.tree.get("path", "") if isinstance(built.model.tree, dict) else ""
+    layers = tuple((weight.detach().cpu(), bias.detach().cpu()) for weight, bias in network.layers)
+    made = Filter(layers, settings.block_length, settings.activation, traits(model.spec), str(source))
+    metrics = {"final_train_loss": float(module.last_loss), "validation_loss": loss, "kept_step": step}
+    with torch.no_grad():
+        logits = network(heldout.confidence)
+    for accept in (0.9, 0.96):
+        metrics |= {f"{name}_at_{accept}": value for name, value in judge(logits, heldout, accept).items()}
+    say("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if built.export is not None:
+        save_filter(made, built.export)
+        _card(recipe, built, module, train, heldout, device, collected, metrics)
+        say(f"exported to {built.export}")
+    return made
+
+
+def _examples(built: FilterRecipe, model: Model, device: torch.device) -> tuple[Examples, Examples]:
+    """Training and held-out examples on the CPU, from the output directory if an earlier process collected them."""
+    file = built.output / "examples.safetensors"
+    if not file.is_file():
+        sources = built.data.sources(torch.device("cpu"), built.seed)
+        say(f"decoding {' and '.join(str(len(source.tokens)) for source in sources)} prompts on {device}, slowly and with the oracle")
+        parts = [_collect(source, model, built) for source in sources]
+        named = {
+            f"{name}.{key}": value for name, part in zip(("train", "heldout"), parts, strict=True) for key, value in part._asdict().items()
+        }
+        unfinished = file.with_suffix(".part")
+        save_file(named, unfinished)
+        unfinished.rename(file)  # a run that is killed while it writes leaves no half a file
+    tensors = load_file(file)
+    train, heldout = (Examples(*(tensors[f"{name}.{key}"] for key in Examples._fields)) for name in ("train", "heldout"))
+    say(f"{len(train.confidence)} and {len(heldout.confidence)} blocks to learn from, {_share(train):.1%} of the masks proposed right")
+    return train, heldout
+
+
+def _share(examples: Examples) -> float:
+    return float(examples.right[examples.masked].float().mean())
+
+
+def _collect(source: Source, model: Model, built: FilterRecipe) -> Examples:
+    found = []
+    for start in range(0, len(source.tokens), built.data.batch_size):
+        tokens: Int[Tensor, "B L"] = source.tokens[start : start + built.data.batch_size].long()
+        lengths = source.prompt_length[start : start + built.data.batch_size].tolist()
+        prompts = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        part = oracle_examples(model, prompts, source.answer_length, built.filter.block_length, built.cache)
+        found.append(Examples(*(piece.cpu() for piece in part)))
+    return joined(found)
+
+
+def _card(
+    recipe: Recipe,
+    built: FilterRecipe,
+    module: FilterModule,
+    train: Examples,
+    heldout: Examples,
+    device: torch.device,
+    collected: float,
+    metrics: dict[str, float],
+) -> None:
+    assert built.export is not None
+    write_card(
+        built.export,
+        {
+            "name": built.export.name,
+            "summary": built.summary,
+            "command": f"dllm-toolkit train {recipe.path}",
+            "recipe_hash": recipe.hash(),
+            "training": {
+                "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
+                "seed": built.seed,
+                "data": repr(built.data),
+                "filter": repr(built.filter),
+                "blocks": {"train": len(train.confidence), "heldout": len(heldout.confidence)},
+                "masks_proposed_right": {"train": _share(train), "heldout": _share(heldout)},
+                "steps": built.trainer.max_steps,
+                "seconds_of_decoding": round(collected, 1),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "versions": {"torch": torch.__version__, "lightning": pl.__version__},
+            },
+            "metrics": metrics,
+            "recipe": recipe.to_yaml(),
+        },
+    )
