@@ -51,8 +51,12 @@ class Schedule(Part):
         """The region of the coming step."""
 
     def refine(self, region: Region, proposal: Proposal, state: State) -> Region:
-        """Change the region after seeing the logits (AdaBlock, SlowFast). Default: keep it."""
+        """Narrow the region after seeing the logits (AdaBlock). Default: keep it."""
         return region
+
+    def carry(self, proposal: Proposal, region: Region, state: State) -> PyTree:
+        """What the schedule has learnt from the logits, given the refined region; `advance` finds it in the state after the commits."""
+        return state.parts.schedule
 
     @abc.abstractmethod
     def advance(self, state: State) -> tuple[PyTree, Rows]:

@@ -62,6 +62,7 @@ class BlockDecoder(Decoder):
         after = state.write(chosen, proposal.tokens)
         parts = replace(
             state.parts,
+            schedule=self.schedule.carry(proposal, region, state),
             propose=self.propose.carry(proposal, region, state),
             commit=self.commit.carry(proposal, region, state),
         )

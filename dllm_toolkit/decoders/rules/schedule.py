@@ -9,6 +9,7 @@ Blocks are counted from each row's own `begin`, so unequal prompts need no left 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -162,11 +163,13 @@ class Pipelined(Schedule):
     When an end-of-text token is committed in block j of a block-causal model, blocks after j are dropped: no earlier block can see
     them, so the text before that token stays exactly the same. `finish_opened` keeps decoding them, as the released code does.
     `max_open` caps the blocks in flight; `whole_blocks` drops the last, shorter block (released code: floor(max_new / block)).
+    `oblige` says who must commit: `every` fully activated block (D2F), or only the `first` unfinished one of them (d3LLM). `past_eos` opens
+    blocks as if an end-of-text token were any other.
 
-    Reference: D2F, arXiv 2508.09192, algorithm 2.
+    Reference: D2F, arXiv 2508.09192, algorithm 2; d3LLM, arXiv 2601.07568.
     """
 
-    cite = ("2508.09192",)
+    cite = ("2508.09192", "2601.07568")
     needs = frozenset({Need.BIDIRECTIONAL})
 
     block_length: int = 32
@@ -175,6 +178,8 @@ class Pipelined(Schedule):
     max_open: int | None = None
     finish_opened: bool = False
     whole_blocks: bool = False
+    oblige: Literal["every", "first"] = "every"
+    past_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.block_length < 1:
@@ -205,7 +210,9 @@ class Pipelined(Schedule):
         return 1.0 - left.double() / own.size.clamp(min=1)
 
     def _last(self, own: Pipeline, state: State) -> tuple[Int[Tensor, "B"], Rows]:
-        """The last block that is still worth decoding, and whether an end-of-text token was committed."""
+        """The last block that is still worth decoding, and whether an end-of-text token keeps others from opening."""
+        if self.past_eos:
+            return own.opened, torch.zeros_like(state.done)
         beyond = state.masked.shape[1] + 1
         ending = torch.where(state.is_eos(), own.block, beyond).amin(1)
         last = own.opened
@@ -223,6 +230,10 @@ class Pipelined(Schedule):
         first = torch.minimum(first_open_block(state, own.block), own.opened + 1).unsqueeze(1)
         opened = inside & (own.block <= last)
         decoded = self._decoded(own, state).gather(1, (own.block - 1).clamp(min=0))
+        force = opened & (decoded >= self.activate_at)
+        if self.oblige == "first":
+            waiting = torch.where(force & state.masked, own.block, own.block.shape[1] + 1)
+            force = force & (own.block == waiting.amin(1, keepdim=True))
         visible = state.positions < state.end.unsqueeze(1)
         if state.spec.attention != "full":
             visible = visible & (own.block <= last)
@@ -230,7 +241,7 @@ class Pipelined(Schedule):
             read=opened & (own.block >= first) & ~state.fixed,
             eligible=opened & state.masked,
             group=own.block,
-            force=opened & (decoded >= self.activate_at),
+            force=force,
             visible=visible,
             closed=own.block < first,
             block=own.block,
