@@ -31,6 +31,11 @@ class Part(abc.ABC):
     cite: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
 
+    @property
+    def noisy(self) -> bool:
+        """Does it draw from the state's noise at these settings, so that another seed is another decode? Proposals say so themselves."""
+        return False
+
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
         """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""
 

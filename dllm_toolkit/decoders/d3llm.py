@@ -2,13 +2,14 @@
 
     loop:
         open the next block when the last opened one is add_at decoded (all later blocks stay in view, as masks)
-        a block is fully activated once its predecessor is activate_at decoded
         one forward over the canvas
-        commit every opened position with H <= entropy; if the first unfinished fully activated block got none, its position of lowest H
+        commit every opened position with H <= entropy; if the first unfinished block got none, its position of lowest H
         once an end-of-text is committed, everything behind it becomes end-of-text; what is masked before it is still decoded
 
-In D2F every fully activated block must commit, here only the first: the others see what it will say only as masks. Keys may be kept
-once a block has been finished for some forwards (`cache: settling`), since with full attention they go on changing for a while.
+In D2F every fully activated block must commit; here only the first of them, and that is the first unfinished block: what lies before it is
+full, which is as activated as can be. So the paper's second threshold (decoded_token_threshold) decides nothing, and is no argument here.
+
+Keys may be kept once a block has been finished for some forwards (`cache: settling`): with full attention they go on changing for a while.
 
 The pseudo-trajectory distillation that makes many positions certain early is not part of decoding.
 
@@ -31,7 +32,6 @@ def d3llm(
     block_length: int = 32,
     entropy: float = 0.5,
     add_at: float = 0.5,
-    activate_at: float = 0.5,
     minimum: int = 0,
     strict: bool = False,
     temperature: float = 0.0,
@@ -49,8 +49,7 @@ def d3llm(
         schedule=Pipelined(
             block_length=block_length,
             add_at=add_at,
-            activate_at=activate_at,
-            oblige="first",
+            activate_at=None,
             past_eos=not stop_at_eos,
         ),
         commit=Gate(-entropy, strict=strict, on="score", minimum=minimum),

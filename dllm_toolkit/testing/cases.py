@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_commit, cases_schedules
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -248,6 +248,7 @@ DECODERS = (
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
     *cases_commit.DECODERS,
+    *cases_schedules.DECODERS,
 )
 
 SCHEDULES = (
@@ -271,9 +272,11 @@ SCHEDULES = (
             "max_open": Knob(1),
             "finish_opened": Knob(True, {"add_at": 0.0}, _gate_to_the_end),
             "whole_blocks": Knob(True),
+            "past_eos": Knob(True, {}, _gate_to_the_end),
         },
     ),
     Case("next_token", "schedule", NextToken),
+    *cases_schedules.SCHEDULES,
 )
 
 PROPOSALS = (
@@ -348,6 +351,7 @@ COMMITS = (
     ),
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
+    *cases_schedules.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep),)
@@ -360,6 +364,7 @@ CACHES = (
     Case("prefix", "cache", policies.PrefixCache),
     Case("dual", "cache", policies.DualCache),
     Case("block_causal", "cache", policies.BlockCausalCache),
+    *cases_schedules.CACHES,
 )
 
 PARTS = (*SCHEDULES, *PROPOSALS, *COMMITS, *REVISIONS, *STOPS)

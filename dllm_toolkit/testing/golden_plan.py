@@ -303,7 +303,6 @@ def _d3llm(case: Case, base: Transformer) -> Plan:
         block_length=arguments["block_size"],
         entropy=arguments["threshold"],
         add_at=arguments["block_add_threshold"],
-        activate_at=arguments["decoded_token_threshold"],
         minimum=0 if shifted else 1,
         strict=shifted,
         stop_at_eos=bool(arguments.get("early_stop")),

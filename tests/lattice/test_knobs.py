@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.models.base import Model
@@ -59,8 +60,23 @@ def _takes_arguments(case: cases.Case) -> bool:
 @pytest.mark.parametrize(("case", "argument"), KNOBS)
 def test_the_knob_turns_something(case: cases.Case, argument: str) -> None:
     knob = case.knobs[argument]
+    if case.kind == "cache":
+        return turns_a_cache(case, knob, argument)
     one, other = decoder_of(case, knob), decoder_of(case, knob, **{argument: knob.value})
     for model in models(one):
         if record(model, one, NoCache(), unequal()).fingerprint() != record(model, other, NoCache(), unequal()).fingerprint():
             return
     pytest.fail(f"{argument}={knob.value!r} changes nothing on any toy: the argument is dead, or the value badly chosen")
+
+
+def turns_a_cache(case: cases.Case, knob: cases.Knob, argument: str) -> None:
+    """The same for a cache, where lanes may be all that changes."""
+    one: Cache = case.build(**knob.given)
+    other: Cache = case.build(**{**knob.given, argument: knob.value})
+    for decoder in contract.standard_decoders():
+        for toy in contract.toys():
+            if contract.fits(decoder, one, toy) is None:
+                before, after = (record(toy.model, decoder, cache, unequal()) for cache in (one, other))
+                if before.fingerprint() != after.fingerprint():
+                    return
+    pytest.fail(f"{argument}={knob.value!r} changes nothing under any decoder: the argument is dead, or the value badly chosen")
