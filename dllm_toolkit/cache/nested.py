@@ -1,7 +1,7 @@
 """Nested: finished blocks are stored for good, and in the open block only what is being decoded is computed between refreshes.
 
-    block_causal            computes the whole open block in every forward
-    nested                  computes it when the open span moves, then the span alone
+block_causal            computes the whole open block in every forward
+nested                  computes it when the open span moves, then the span alone
 """
 
 from __future__ import annotations

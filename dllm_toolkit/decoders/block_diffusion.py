@@ -7,8 +7,8 @@
 
     threshold above 1 leaves the quota alone (static); one step a token leaves k_t = 1, which is the plain threshold
 
-Where the prompt does not fill its last block, the first answer tokens share that block with it (section 8 of DESIGN.md); prompt tokens count
-for nothing in the quota. LLaDA2.1's editing of decided tokens is not part of this.
+Where the prompt does not fill its last block, the first answer tokens share that block with it (section 8 of DESIGN.md); prompt tokens
+count for nothing in the quota. LLaDA2.1's editing of decided tokens is not part of this.
 
 Reference: SDAR, arXiv 2510.06303; LLaDA2.0, arXiv 2512.15745.
 """
@@ -79,8 +79,8 @@ def block_diffusion(
 ) -> BlockDecoder:
     """SDAR (arXiv 2510.06303) and LLaDA2.0 (arXiv 2512.15745): a threshold that never commits fewer than a scheduled quota.
 
-    block_length None: the model's own blocks where they count from position 0, otherwise the whole answer. threshold: 0.95 for LLaDA2.0, 0.9
-    for SDAR; above 1 only the quota is left. steps: of the whole answer; None is one a token.
+    block_length None: the model's own blocks where they count from position 0, otherwise the whole answer. threshold: 0.95 for LLaDA2.0,
+    0.9 for SDAR; above 1 only the quota is left. steps: of the whole answer; None is one a token.
     """
     return BlockDecoder(
         schedule=SemiAutoregressive(block_length),

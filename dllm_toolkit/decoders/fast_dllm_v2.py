@@ -10,8 +10,9 @@
                 | x x x x  x . x .  . . . .  . . . .        the whole block is seen, one part may commit
 
 Two caches fit. `block_causal` keeps finished blocks and is exact. `nested` also keeps, within the open block, the parts that are not open
-(the paper's sub-block cache): the block is computed when a part opens, after that the part alone. The released code takes each block's first
-token from the block before as an autoregressive model would; here it is a masked position like any other, read from the same row of logits.
+(the paper's sub-block cache): the block is computed when a part opens, after that the part alone. The released code takes each block's
+first token from the block before, as an autoregressive model would; here it is a masked position like any other, read from the same row of
+logits.
 
 Reference: Wu et al., Fast-dLLM v2: Efficient Block-Diffusion LLM, arXiv 2509.26328.
 """
@@ -55,8 +56,8 @@ class InnerParts:
 class Nested(Schedule):
     """Blocks that a model sees as a whole and that are decoded in parts of `part_length`, left to right.
 
-    block_length None: the model's own blocks, or the whole answer. A part never crosses a block border. Only whole blocks are closed: within one everybody
-    sees everybody, so the keys of a full part still change.
+    block_length None: the model's own blocks where they count from position 0, otherwise the whole answer. A part never crosses a block
+    border. Only whole blocks are closed: within one everybody sees everybody, so the keys of a full part still change.
 
     Reference: Fast-dLLM v2, arXiv 2509.26328.
     """

@@ -13,8 +13,9 @@
         <-- fast --->
         <-------- slow ----------->
 
-The first fast forward sees everything anew; behind e nothing changes until the cycle ends, so a dual cache computes s .. e alone. The spread
-is the standard deviation (of all, not of a sample). In the released code the slow phase goes on for all its steps after it has converged.
+The first fast forward sees everything anew; behind e nothing changes until the cycle ends, so a dual cache computes s .. e alone. The
+spread is the standard deviation (of all, not of a sample). In the released code the slow phase goes on for all its steps after it has
+converged.
 
 Reference: Wei et al., Accelerating Diffusion Large Language Models with SlowFast Sampling: The Three Golden Principles, arXiv 2506.10848.
 """
@@ -52,10 +53,10 @@ class Cycle:
 @register("schedule", "cycles")
 @dataclass(frozen=True)
 class Cycles(Schedule):
-    """Cycles of a slow phase, in which the whole rest of the block is open and the end of the cycle is found, and a fast one up to that end.
+    """Cycles of a slow phase, in which the rest of the block is open and the end of the cycle is found, and a fast one up to that end.
 
-    block_length None: the whole answer. explore_steps: most forwards of a slow phase. trust: probability that counts as known how to go on.
-    memory: how many estimates must agree. spread: their standard deviation must be below it, in tokens.
+    block_length None: the whole answer. explore_steps: most forwards of a slow phase. trust: least probability of a position that the
+    cycle may reach. memory: how many estimates must agree. spread: their standard deviation must be below it, in tokens.
 
     Reference: SlowFast, arXiv 2506.10848.
     """
@@ -73,8 +74,8 @@ class Cycles(Schedule):
         check_lengths(self.block_length)
         if not 1 <= self.memory <= self.explore_steps:
             raise DecodeError(
-                f"memory and explore_steps must satisfy 1 <= memory <= explore_steps, got {self.memory} and {self.explore_steps}. That many "
-                "estimates are compared. Write memory: 2 and explore_steps: 6."
+                f"memory and explore_steps must satisfy 1 <= memory <= explore_steps, got {self.memory} and {self.explore_steps}. That "
+                "many estimates are compared. Write memory: 2 and explore_steps: 6."
             )
         if self.spread < 0:
             raise DecodeError(f"spread must be 0 or more, got {self.spread}. It is a standard deviation in tokens. Write spread: 1.0.")
@@ -85,9 +86,7 @@ class Cycles(Schedule):
     def init(self, state: State) -> Cycle:
         start = first_masked(state)
         ends = start.unsqueeze(1).expand(-1, self.memory).clone()
-        return Cycle(
-            blocks_of(state, self.block_length), start, start.clone(), torch.ones_like(state.done), torch.zeros_like(start), ends
-        )
+        return Cycle(blocks_of(state, self.block_length), start, start.clone(), torch.ones_like(state.done), torch.zeros_like(start), ends)
 
     def _stop(self, own: Cycle, state: State) -> Int[Tensor, "B"]:
         """One past the last open position: of the block while slow, of the cycle while fast."""
@@ -123,9 +122,7 @@ class Cycles(Schedule):
         own: Cycle = state.parts.schedule
         following = first_masked(state)
         move = (following >= self._stop(own, state)) & state.settled
-        after = replace(
-            own, start=torch.where(move, following, own.start), slow=own.slow | move, taken=own.taken.masked_fill(move, 0)
-        )
+        after = replace(own, start=torch.where(move, following, own.start), slow=own.slow | move, taken=own.taken.masked_fill(move, 0))
         return after, move & (following == state.masked.shape[1])
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dllm_toolkit.types import Attention
 
-
 Lengths = int | tuple[int, ...]
 """One block length, or the lengths of the first blocks; the last one goes on."""
 

@@ -37,8 +37,8 @@ def check_lengths(block_length: masks.Lengths | None) -> None:
     lengths = (block_length,) if isinstance(block_length, int) else block_length
     if lengths is not None and (len(lengths) == 0 or min(lengths) < 1):
         raise DecodeError(
-            f"block_length must be 1 or more, got {block_length}. It counts tokens, of every block or of the first ones and all later ones. "
-            "Write block_length: 32, or block_length: [8, 16, 32]."
+            f"block_length must be 1 or more, got {block_length}. It counts tokens, of every block or of the first ones and all later "
+            "ones. Write block_length: 32, or block_length: [8, 16, 32]."
         )
 
 
@@ -96,12 +96,13 @@ class Blocks:
 class SemiAutoregressive(Schedule):
     """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
 
-    `block_length` None opens the whole answer at once; several lengths are stages, short blocks first and long ones later or the other way
-    round: [8, 8, 32] makes two blocks of 8, then blocks of 32. Three flags reproduce released loops; two count steps of the whole answer, shared
-    out over its blocks. `hold` gives every block its share of steps: a full one stays open (LLaDA's loop), and a step may commit nothing
-    while there are steps left (Dream's). `step_cap` leaves a block after its share even when masks are left in it; the next block's first
-    step may still fill them, and what is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop. `least_steps` is spent on
-    each block, full or not: Fast-dLLM's first release always runs a second forward.
+    `block_length` None opens the whole answer at once; several lengths are stages: [8, 8, 32] makes two blocks of 8, then blocks of 32.
+
+    Three flags reproduce released loops; two count steps of the whole answer, shared out over its blocks. `hold` gives every block its
+    share of steps: a full one stays open (LLaDA's loop), and a step may commit nothing while there are steps left (Dream's). `step_cap`
+    leaves a block after its share even when masks are left in it; the next block's first step may still fill them, and what is masked at
+    the end cuts the text short: Fast-dLLM's v1 dual-cache loop. `least_steps` is spent on each block, full or not: Fast-dLLM's first
+    release always runs a second forward.
 
     Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
     """
@@ -211,8 +212,8 @@ class Pipelined(Schedule):
     When an end-of-text token is committed in block j of a block-causal model, blocks after j are dropped: no earlier block can see
     them, so the text before that token stays exactly the same. `finish_opened` keeps decoding them, as the released code does.
     `max_open` caps the blocks in flight; `whole_blocks` drops the last, shorter block (released code: floor(max_new / block)).
-    `activate_at` None obliges the first unfinished block alone to commit (d3LLM). `past_eos` opens blocks as if an end-of-text token were any
-    other.
+    `activate_at` None obliges the first unfinished block alone to commit (d3LLM). `past_eos` opens blocks as if an end-of-text token were
+    any other.
 
     Reference: D2F, arXiv 2508.09192, algorithm 2; d3LLM, arXiv 2601.07568.
     """
