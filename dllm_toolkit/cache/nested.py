@@ -43,7 +43,8 @@ class NestedCache(Cache):
         return Kept(torch.zeros_like(state.masked), torch.full_like(state.begin, -1))
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
-        wanted = (region.epoch != own.epoch).unsqueeze(1) | region.read | region.closed | (dirty & state.fixed)
+        # Dirty: a token that was decided since its keys were computed. Fill may keep the keys of its masks.
+        wanted = (region.epoch != own.epoch).unsqueeze(1) | region.read | region.closed | (dirty & ~state.filled)
         return Plan(region.visible & ~own.stored & wanted, region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> Kept:
