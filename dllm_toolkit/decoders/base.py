@@ -36,6 +36,11 @@ class Part(abc.ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     looks_back: ClassVar[bool] = False
 
+    @property
+    def noisy(self) -> bool:
+        """Does it draw from the state's noise at these settings, so that another seed is another decode? Proposals say so themselves."""
+        return False
+
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
         """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""
 
@@ -63,8 +68,12 @@ class Schedule(Part):
         """The region of the coming step."""
 
     def refine(self, region: Region, proposal: Proposal, state: State) -> Region:
-        """Change the region after seeing the logits (AdaBlock, SlowFast). Default: keep it."""
+        """Narrow the region after seeing the logits (AdaBlock). Default: keep it."""
         return region
+
+    def carry(self, proposal: Proposal, region: Region, state: State) -> PyTree:
+        """What the schedule has learnt from the logits, given the refined region; `advance` finds it in the state after the commits."""
+        return state.parts.schedule
 
     @abc.abstractmethod
     def advance(self, state: State) -> tuple[PyTree, Rows]:

@@ -90,6 +90,7 @@ class BlockDecoder(Decoder):
         after = opened.write(chosen, proposal.tokens)
         parts = replace(
             state.parts,
+            schedule=self.schedule.carry(proposal, region, opened),
             propose=self.propose.carry(proposal, region, opened),
             commit=self.commit.carry(proposal, region, opened),
         )

@@ -175,6 +175,7 @@ class LearnedFilter(Commit):
     """
 
     cite = ("2509.25188",)
+    looks_back = True  # a feature of every position of the block, decided or not
 
     filter: Filter
     accept: float = 0.96

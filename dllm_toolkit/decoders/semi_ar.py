@@ -13,7 +13,7 @@ from dllm_toolkit.registry import register
 
 
 @register("decoder", "semi_ar")
-def semi_ar(block_length: int = 32, steps: int | None = None, temperature: float = 0.0) -> BlockDecoder:
+def semi_ar(block_length: int | tuple[int, ...] = 32, steps: int | None = None, temperature: float = 0.0) -> BlockDecoder:
     """Block after block (arXiv 2502.09992), `steps` forwards for the whole answer (None: one token a step), stop at end-of-text."""
     return BlockDecoder(
         schedule=SemiAutoregressive(block_length),

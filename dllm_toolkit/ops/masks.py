@@ -19,16 +19,30 @@ from torch import Tensor
 
 from dllm_toolkit.types import Attention
 
+Lengths = int | tuple[int, ...]
+"""One block length, or the lengths of the first blocks; the last one goes on."""
 
-def answer_blocks(begin: Int[Tensor, "B"], length: int, block_length: int) -> Int[Tensor, "B L"]:
+
+def block_number(offset: Int[Tensor, "*shape"], lengths: Lengths) -> Int[Tensor, "*shape"]:
+    """Which block (0, 1, ...) an offset from the first block's start lies in."""
+    if isinstance(lengths, int):
+        return offset.div(lengths, rounding_mode="floor")
+    number, edge = torch.zeros_like(offset), 0
+    for one in lengths[:-1]:
+        edge += one
+        number = number + (offset >= edge)
+    return number + (offset - edge).clamp(min=0).div(lengths[-1], rounding_mode="floor")
+
+
+def answer_blocks(begin: Int[Tensor, "B"], length: int, block_length: Lengths) -> Int[Tensor, "B L"]:
     """Block index of every position: 0 up to each row's `begin`, then 1, 2, ... for each `block_length` positions."""
     offset = torch.arange(length, device=begin.device) - begin.unsqueeze(1)
-    return torch.where(offset < 0, 0, offset.div(block_length, rounding_mode="floor") + 1)
+    return torch.where(offset < 0, 0, block_number(offset, block_length) + 1)
 
 
-def absolute_blocks(rows: int, length: int, block_length: int, device: torch.device) -> Int[Tensor, "B L"]:
+def absolute_blocks(rows: int, length: int, block_length: Lengths, device: torch.device) -> Int[Tensor, "B L"]:
     """Block index of every position when blocks count from position 0: 1, 1, ..., 2, 2, ..., for prompt and answer alike."""
-    return (torch.arange(length, device=device).div(block_length, rounding_mode="floor") + 1).expand(rows, length)
+    return (block_number(torch.arange(length, device=device), block_length) + 1).expand(rows, length)
 
 
 def block_causal(block: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:

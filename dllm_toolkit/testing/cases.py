@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise, cases_stops
+from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise, cases_schedules, cases_stops
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -255,6 +255,7 @@ DECODERS = (
     *cases_revise.DECODERS,
     *cases_cache.DECODERS,
     *cases_stops.DECODERS,
+    *cases_schedules.DECODERS,
 )
 
 SCHEDULES = (
@@ -284,11 +285,13 @@ SCHEDULES = (
             "max_open": Knob(1),
             "finish_opened": Knob(True, {"add_at": 0.0}, _gate_to_the_end),
             "whole_blocks": Knob(True),
+            "past_eos": Knob(True, {}, _gate_to_the_end),
         },
     ),
     Case("next_token", "schedule", NextToken),
     *cases_revise.SCHEDULES,
     *cases_cache.SCHEDULES,
+    *cases_schedules.SCHEDULES,
 )
 
 PROPOSALS = (
@@ -366,6 +369,7 @@ COMMITS = (
     *cases_revise.COMMITS,
     *cases_cache.COMMITS,
     *cases_stops.COMMITS,
+    *cases_schedules.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
@@ -385,6 +389,7 @@ CACHES = (
     Case("dual", "cache", policies.DualCache),
     Case("block_causal", "cache", policies.BlockCausalCache),
     *cases_cache.CACHES,
+    *cases_schedules.CACHES,
 )
 
 PARTS = (*SCHEDULES, *PROPOSALS, *COMMITS, *REVISIONS, *STOPS)

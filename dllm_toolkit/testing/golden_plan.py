@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.cache.buffer import KVBuffer
+from dllm_toolkit.cache.delayed import DelayedBlocksCache
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache, PrefixCache
 from dllm_toolkit.decoders.ascending_steps import ascending_steps
 from dllm_toolkit.decoders.base import Commit, Decoder, Propose
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.confidence_adaptive import confidence_adaptive
 from dllm_toolkit.decoders.d2f import d2f
+from dllm_toolkit.decoders.d3llm import d3llm
 from dllm_toolkit.decoders.dparallel import dparallel
 from dllm_toolkit.decoders.dream import SCORES, Timetable, dream
 from dllm_toolkit.decoders.eoser import eoser
@@ -31,7 +36,7 @@ from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.decoders.window_diffusion import window_diffusion
-from dllm_toolkit.models.base import Model
+from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.load import load
 from dllm_toolkit.models.transformer import Transformer
@@ -43,6 +48,7 @@ CACHES: dict[str, Callable[[], Cache]] = {
     "generate_with_prefix_cache": PrefixCache,
     "generate_with_dual_cache": DualCache,
 }
+NEVER = 10000  # d3LLM's "no cache"
 FALLBACKS: dict[str, Any] = {"default": "probability", "neg_entropy": "negative_entropy", "margin_confidence": "margin"}
 
 
@@ -108,6 +114,24 @@ class Recorded(Propose):
         place = (state.masked.cumsum(1) - 1).clamp(0, width - 1)
         given = 1.0 - table[state.step.clamp(max=len(self.draws) - 1)].gather(1, place)
         return replace(proposal, score=torch.where(proposal.score.isinf(), proposal.score, given.to(proposal.score.dtype)))
+
+
+class FirstRowTwice:
+    """A shifted model as d3LLM's cached Dream code reads it: the first computed position is read from its own row of logits.
+
+    The row that speaks of it was computed in an earlier forward and is gone there; here the buffer remembers it.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.spec, self.device = model, model.spec, model.device
+
+    def buffer(self, rows: int, slots: int) -> KVBuffer:
+        return self.model.buffer(rows, slots)
+
+    def __call__(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
+        assert query.read is not None and query.slots is not None
+        read = torch.maximum(query.read, query.slots.amin(1, keepdim=True))
+        return self.model(query._replace(read=read), kv)
 
 
 # What a case's source stands for. Each function gets the case and its base model.
@@ -273,6 +297,23 @@ def _d2f(case: Case, base: Transformer) -> Plan:
     return Plan(base, decoder, BlockCausalCache(), arguments["max_new_tokens"])
 
 
+def _d3llm(case: Case, base: Transformer) -> Plan:
+    arguments = case["args"]
+    shifted = base.spec.shift == 1  # its Dream code has another comparison and no best position of a step
+    decoder = d3llm(
+        block_length=arguments["block_size"],
+        entropy=arguments["threshold"],
+        add_at=arguments["block_add_threshold"],
+        minimum=0 if shifted else 1,
+        strict=shifted,
+        stop_at_eos=bool(arguments.get("early_stop")),
+    )
+    delay = arguments.get("cache_delay_iter", NEVER)
+    cache = NoCache() if delay >= NEVER else DelayedBlocksCache(delay + 1, arguments["refresh_interval"])
+    model: Model = base if isinstance(cache, NoCache) or not shifted else FirstRowTwice(base)
+    return Plan(model, decoder, cache, arguments["max_new_tokens"])
+
+
 def _eoser(case: Case, base: Transformer) -> Plan:
     arguments, function = case["args"], case["function"]
     if function == "ass_generate":  # its `steps`, floor(log2 length), is not asked for
@@ -352,7 +393,7 @@ SOURCES = (
     Source("Dream-org/Dream", "generation_utils.py", _dream),
     Source("yihao-liang/CDLM", "LLaDA_generate_dynamic.py", _cdlm),
     Source("zhijie-group/Discrete-Diffusion-Forcing", ".py", _d2f),
-    Source("hao-ai-lab/d3LLM", ".py", None),
+    Source("hao-ai-lab/d3LLM", ".py", _d3llm),
     Source("yjyddq/EOSER-ASS-RL", ".py", _eoser),
     Source("cychomatica/FreeDave", ".py", None),
     Source("vhicrgit/Window-Diffusion", "llada/model/modeling_llada.py", _window_llada),

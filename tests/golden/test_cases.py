@@ -16,8 +16,6 @@ from dllm_toolkit.testing.golden_replay import WHAT, compare, replay
 COMPANY = (([17, 4, 230], 13), ([(7 * place) % 250 for place in range(23)], 31))
 FILES = {path.stem: golden.load_cases(path) for path in sorted((golden.SHIPPED / "cases").glob("*.json"))}
 NOT_BUILT = {
-    "d3llm_dream",
-    "d3llm_llada",
     "freedave_dream",
     "freedave_llada",
 }

@@ -21,6 +21,8 @@ DECODE = sorted((ROOT / "recipes" / "decode").glob("*.yaml"))
 VECTORS = ROOT / "tests" / "golden" / "vectors"
 CAUSAL = "model={_component_: fresh, width: 16, layers: 1, heads: 2, attention: causal, shift: 1}"
 
+BLOCKWISE = CAUSAL.replace("causal, shift: 1", "block_causal, block_size: 4")
+
 COMPARE = ("task.size=1", "run.max_new_tokens=6", "run.warm_up=0", "run.device=cpu", "report.tensorboard=false")
 TRAIN = (
     "trainer.max_steps=2",
@@ -46,7 +48,7 @@ def stand_in(model: dict, at: str = "model") -> list[str]:
         if family in path.lower():
             tiny = [f"{at}.path={VECTORS / f'{family}-tiny'}", f"{at}.device=cpu", f"{at}.dtype=float32", "prompt_ids=[60,132,117]"]
             return tiny + ([f"{at}.adapter={VECTORS / f'lora-{family}-tiny'}"] if adapter else [])
-    return [CAUSAL, "prompt_ids=[3,4,5]"]
+    return [BLOCKWISE if model.get("attention") == "block_causal" else CAUSAL, "prompt_ids=[3,4,5]"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

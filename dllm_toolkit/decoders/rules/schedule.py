@@ -28,12 +28,58 @@ def first_open_block(state: State, block: Tokens) -> Int[Tensor, "B"]:
     return torch.where(state.masked, block, beyond).amin(1)
 
 
-def blocks_of(state: State, block_length: int | None) -> Tokens:
-    """Block index of every position, counted from where the model counts. None: as long as the model's own block, or the whole canvas."""
+def first_masked(state: State) -> Int[Tensor, "B"]:
+    """The first masked position; L where there is none."""
+    return torch.where(state.masked, state.positions, state.masked.shape[1]).amin(1)
+
+
+def check_lengths(block_length: masks.Lengths | None) -> None:
+    """Raises DecodeError for a block length that is not one or more lengths of 1 or more."""
+    lengths = (block_length,) if isinstance(block_length, int) else block_length
+    if lengths is not None and (len(lengths) == 0 or min(lengths) < 1):
+        raise DecodeError(
+            f"block_length must be 1 or more, got {block_length}. It counts tokens, of every block or of the first ones and all later "
+            "ones. Write block_length: 32, or block_length: [8, 16, 32]."
+        )
+
+
+def blocks_of(state: State, block_length: masks.Lengths | None) -> Tokens:
+    """Block index of every position, counted from where the model counts. None: as long as the model's own block, or the whole canvas.
+
+    Several lengths are those of the first blocks; the last of them is that of all later ones.
+    """
     rows, length = state.tokens.shape
     if state.spec.block_anchor == "absolute":
         return masks.absolute_blocks(rows, length, block_length or state.spec.block_size or length, state.tokens.device)
     return masks.answer_blocks(state.begin, length, block_length or length)
+
+
+def span(
+    state: State, block: Tokens, start: Int[Tensor, "B"], stop: Int[Tensor, "B"], reach: Int[Tensor, "B"], epoch: Int[Tensor, "B"]
+) -> Region:
+    """The region of a run of positions that need not be a block: start .. stop may be committed, start .. reach is read.
+
+    Everything before `start` must be decided. `block` is what a block-causal model sees the canvas in; a run may span several blocks.
+    """
+    first, last, read_to = start.unsqueeze(1), stop.unsqueeze(1), reach.unsqueeze(1)
+    within = state.inside & (state.positions >= first)
+    here = within & (state.positions < last)
+    visible = state.positions < state.end.unsqueeze(1)
+    closed = state.positions < first
+    if state.spec.attention != "full":
+        length = block.shape[1]
+        visible = visible & (block <= block.gather(1, (read_to - 1).clamp(0, length - 1)))
+        closed = closed & (block < first_open_block(state, block).unsqueeze(1))
+    return Region(
+        read=within & (state.positions < read_to) & ~state.fixed,
+        eligible=here & state.masked,
+        group=torch.zeros_like(block),
+        force=here,
+        visible=visible,
+        closed=closed,
+        block=block,
+        epoch=epoch,
+    )
 
 
 @dataclass(frozen=True)
@@ -51,12 +97,15 @@ class Blocks:
 class SemiAutoregressive(Schedule):
     """One block at a time, left to right; the next opens when the present one holds no mask and has settled.
 
-    `block_length` None opens the whole answer at once. `reach` "answer" keeps the blocks behind the present one open: they are read and not
-    closed, so a revise rule may still change them, and no cache keeps their keys. Three flags reproduce released loops; two count steps of
-    the whole answer, shared out over its blocks. `hold` gives every block its share of steps: a full one stays open (LLaDA's loop), and a
-    step may commit nothing while there are steps left (Dream's). `step_cap` leaves a block after its share even when masks are left in it;
-    the next block's first step may still fill them, and what is masked at the end cuts the text short: Fast-dLLM's v1 dual-cache loop.
-    `least_steps` is spent on each block, full or not: Fast-dLLM's first release always runs a second forward.
+    `block_length` None opens the whole answer at once; several lengths are stages: [8, 8, 32] makes two blocks of 8, then blocks of 32.
+    `reach` "answer" keeps the blocks behind the present one open: they are read and not closed, so a revise rule may still change them, and
+    no cache keeps their keys.
+
+    Three flags reproduce released loops; two count steps of the whole answer, shared out over its blocks. `hold` gives every block its
+    share of steps: a full one stays open (LLaDA's loop), and a step may commit nothing while there are steps left (Dream's). `step_cap`
+    leaves a block after its share even when masks are left in it; the next block's first step may still fill them, and what is masked at
+    the end cuts the text short: Fast-dLLM's v1 dual-cache loop. `least_steps` is spent on each block, full or not: Fast-dLLM's first
+    release always runs a second forward.
 
     Reference: LLaDA, arXiv 2502.09992, semi-autoregressive remasking.
     """
@@ -64,15 +113,14 @@ class SemiAutoregressive(Schedule):
     cite = ("2502.09992",)
     needs = frozenset({Need.BIDIRECTIONAL})
 
-    block_length: int | None = 32
+    block_length: int | tuple[int, ...] | None = 32
     hold: int | None = None
     step_cap: int | None = None
     least_steps: int = 1
     reach: Literal["block", "answer"] = "block"
 
     def __post_init__(self) -> None:
-        if self.block_length is not None and self.block_length < 1:
-            raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
+        check_lengths(self.block_length)
         if self.reach == "answer" and self.step_cap is not None:
             raise DecodeError(
                 f"reach: answer does not go with step_cap, got step_cap={self.step_cap}. Blocks that are left with masks would have to be "
@@ -85,7 +133,10 @@ class SemiAutoregressive(Schedule):
             raise DecodeError(f"least_steps must be 1 or more, got {self.least_steps}. It counts steps of a block. Write least_steps: 1.")
 
     def max_reads(self, answer_length: int) -> int:
-        return answer_length if self.reach == "answer" else min(self.block_length or answer_length, answer_length)
+        if self.block_length is None or self.reach == "answer":
+            return answer_length
+        longest = self.block_length if isinstance(self.block_length, int) else max(self.block_length)
+        return min(longest, answer_length)
 
     def init(self, state: State) -> Blocks:
         block = blocks_of(state, self.block_length)
@@ -180,25 +231,28 @@ class Pipelined(Schedule):
     When an end-of-text token is committed in block j of a block-causal model, blocks after j are dropped: no earlier block can see
     them, so the text before that token stays exactly the same. `finish_opened` keeps decoding them, as the released code does.
     `max_open` caps the blocks in flight; `whole_blocks` drops the last, shorter block (released code: floor(max_new / block)).
+    `activate_at` None obliges the first unfinished block alone to commit (d3LLM). `past_eos` opens blocks as if an end-of-text token were
+    any other.
 
-    Reference: D2F, arXiv 2508.09192, algorithm 2.
+    Reference: D2F, arXiv 2508.09192, algorithm 2; d3LLM, arXiv 2601.07568.
     """
 
-    cite = ("2508.09192",)
+    cite = ("2508.09192", "2601.07568")
     needs = frozenset({Need.BIDIRECTIONAL})
 
     block_length: int = 32
     add_at: float = 0.1
-    activate_at: float = 0.95
+    activate_at: float | None = 0.95
     max_open: int | None = None
     finish_opened: bool = False
     whole_blocks: bool = False
+    past_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.block_length < 1:
             raise DecodeError(f"block_length must be 1 or more, got {self.block_length}. It counts tokens. Write block_length: 32.")
         for name in ("add_at", "activate_at"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise DecodeError(
                     f"{name} must be in [0, 1], got {getattr(self, name)}. It is a decoded share of a block. Write {name}: 0.5."
                 )
@@ -223,7 +277,9 @@ class Pipelined(Schedule):
         return 1.0 - left.double() / own.size.clamp(min=1)
 
     def _last(self, own: Pipeline, state: State) -> tuple[Int[Tensor, "B"], Rows]:
-        """The last block that is still worth decoding, and whether an end-of-text token was committed."""
+        """The last block that is still worth decoding, and whether an end-of-text token keeps others from opening."""
+        if self.past_eos:
+            return own.opened, torch.zeros_like(state.done)
         beyond = state.masked.shape[1] + 1
         ending = torch.where(state.is_eos(), own.block, beyond).amin(1)
         last = own.opened
@@ -240,7 +296,10 @@ class Pipelined(Schedule):
         # keys depend on what is still masked. Without masks everything opened is closed.
         first = torch.minimum(first_open_block(state, own.block), own.opened + 1).unsqueeze(1)
         opened = inside & (own.block <= last)
-        decoded = self._decoded(own, state).gather(1, (own.block - 1).clamp(min=0))
+        if self.activate_at is None:
+            force = opened & (own.block == first)
+        else:
+            force = opened & (self._decoded(own, state).gather(1, (own.block - 1).clamp(min=0)) >= self.activate_at)
         visible = state.positions < state.end.unsqueeze(1)
         if state.spec.attention != "full":
             visible = visible & (own.block <= last)
@@ -248,7 +307,7 @@ class Pipelined(Schedule):
             read=opened & (own.block >= first) & ~state.fixed,
             eligible=opened & state.masked,
             group=own.block,
-            force=opened & (decoded >= self.activate_at),
+            force=force,
             visible=visible,
             closed=own.block < first,
             block=own.block,
