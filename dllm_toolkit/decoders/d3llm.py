@@ -9,7 +9,8 @@
 In D2F every fully activated block must commit; here only the first of them, and that is the first unfinished block: what lies before it is
 full, which is as activated as can be. So the paper's second threshold (decoded_token_threshold) decides nothing, and is no argument here.
 
-Keys may be kept once a block has been finished for some forwards (`cache: delayed_blocks`): with full attention they go on changing for a while.
+Keys may be kept once a block has been finished for some forwards (`cache: delayed_blocks`): with full attention they go on changing for a
+while.
 
 The pseudo-trajectory distillation that makes many positions certain early is not part of decoding.
 
