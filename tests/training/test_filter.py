@@ -19,15 +19,13 @@ from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.testing.models import Oracle, tiny_transformer
 from dllm_toolkit.testing.record import unequal
 from dllm_toolkit.training.filter import (
-    Examples,
     FilterNetwork,
     FilterRecipe,
     filter_loss,
-    joined,
     judge,
-    oracle_steps,
     run_filter_training,
 )
+from dllm_toolkit.training.oracle import Examples, joined, oracle_steps
 from dllm_toolkit.training.run import TrainError
 
 PROMPTS = unequal().prompts
