@@ -35,8 +35,8 @@ class DelayedCache(Cache):
     "prompt" the prompt's alone and for good (Prefill), "both" everything decoded, while refreshes pass over the prompt (PD).
 
     With shift 1 a position counts as decided when the next one is too, because that one is read from it. The released code offers two
-    more definitions, which reuse keys of masks. Its greedy variant is not here: it computes only what will be decided next, so the cache
-    would have to know the decoder's choice before the forward.
+    more definitions, which reuse keys of masks. Its greedy variant computes what will be decided next, in an order drawn beforehand: a
+    schedule, with the dual cache.
 
     Reference: dKV-Cache, arXiv 2505.15781.
     """

@@ -9,6 +9,7 @@ from dllm_toolkit.cache.delayed import DelayedBlocksCache, DelayedCache
 from dllm_toolkit.cache.refreshed import RefreshedCache
 from dllm_toolkit.cache.window import VicinityCache, WindowCache
 from dllm_toolkit.decoders.block import BlockDecoder
+from dllm_toolkit.decoders.drawn_order import DrawnOrder, drawn_order
 from dllm_toolkit.decoders.rules.commit import Gate, Quota
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import WhenFull
@@ -60,6 +61,13 @@ DECODERS = (
         idle=14,
     ),
     Case("window_diffusion whole", "decoder", window_diffusion, {**WINDOW, "whole_refresh": True, "stop_at_eos": False, "steps": 6}),
+    Case(
+        "drawn_order",
+        "decoder",
+        drawn_order,
+        {"block_length": 6, "window": 2},
+        knobs={"block_length": Knob(2), "per_step": Knob(2), "window": Knob(1), "temperature": Knob(1.0)},
+    ),
 )
 SCHEDULES = (
     Case(
@@ -78,6 +86,13 @@ SCHEDULES = (
             "refresh_at_end": Knob(True, place=_one_by_one),
             "hold": Knob(40),
         },
+    ),
+    Case(
+        "drawn_order",
+        "schedule",
+        DrawnOrder,
+        {"inner": SemiAutoregressive(6), "window": 2},
+        knobs={"inner": Knob(SemiAutoregressive(2)), "per_step": Knob(2), "window": Knob(1)},
     ),
 )
 COMMITS = (

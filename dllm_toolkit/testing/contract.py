@@ -118,7 +118,7 @@ def all_caches() -> list[Cache]:
     """Every registered cache, NoCache first, with the catalogue's arguments: a window of published size holds a whole toy canvas."""
     sized = {case.maker: case.build for case in cases.CACHES}
     makers = [registry.lookup("cache", name) for name in registry.names("cache")]
-    made = [sized.get(maker, maker)() for maker in makers]
+    made = [(sized.get(maker) or maker)() for maker in makers]
     return sorted(made, key=lambda one: not isinstance(one, NoCache))
 
 

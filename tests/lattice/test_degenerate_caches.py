@@ -20,6 +20,7 @@ from dllm_toolkit.cache.window import VicinityCache, WindowCache
 from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.d2f import d2f
+from dllm_toolkit.decoders.drawn_order import drawn_order, masks_near
 from dllm_toolkit.decoders.dream import dream
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.rules.commit import Gate
@@ -29,6 +30,7 @@ from dllm_toolkit.decoders.window_diffusion import window_diffusion
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.testing import cases, contract
 from dllm_toolkit.testing.contract_cache import fresh_logits
+from dllm_toolkit.testing.models import Oracle
 from dllm_toolkit.testing.record import Recording, difference, gaps, infill, record, unequal
 from dllm_toolkit.testing.rules import Rewrite
 
@@ -285,3 +287,34 @@ def test_a_resumed_phase_has_its_window() -> None:
         window_diffusion(5, 3, 4).step(engine, moment.before)
     assert engine.last is not None
     assert torch.equal(engine.last.plan.visible, moment.asks[0].plan.visible)
+
+
+# The order drawn beforehand (dKV-Cache-Greedy).
+
+
+def test_a_drawn_order_keeps_to_its_order_and_computes_what_comes_next() -> None:
+    """A step computes the next position, the masks around it and the last token; refreshes aside, and whatever the logits are."""
+    first = record(TOYS["full"], drawn_order(None, window=2), NoCache(), unequal())
+    other = record(Oracle(), drawn_order(None, window=2), NoCache(), unequal())
+    for row in range(4):
+        inside = slice(int(first.first.begin[row]), min(int(first.last.end[row]), int(other.last.end[row])))
+        assert first.last.born[row, inside].tolist() == other.last.born[row, inside].tolist()
+    cached = record(TOYS["full"], drawn_order(None, window=2), DualCache(), unequal())
+    for row in range(4):
+        lanes = [int(ask.computed[row].sum()) for ask in cached.asks_of(row)]
+        assert all(count <= 4 for count in lanes[1:])
+
+
+def test_a_drawn_order_of_whole_blocks_is_one_step_a_block() -> None:
+    for toy in ("full", "full_shifted", "block_causal"):
+        for batch in (unequal(), infill()):
+            one = record(TOYS[toy], drawn_order(4, per_step=4), NoCache(), batch)
+            same(one, record(TOYS[toy], fast_dllm(4, threshold=0.0), NoCache(), batch))
+
+
+def test_masks_near() -> None:
+    among = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    chosen = torch.zeros_like(among)
+    chosen[0, 4] = True
+    places = [masks_near(chosen, among, window)[0].nonzero().flatten().tolist() for window in (0, 1, 2, 3, 99)]
+    assert places == [[4], [3, 4], [3, 4, 6], [1, 3, 4, 6], [0, 1, 3, 4, 6, 7, 8]]

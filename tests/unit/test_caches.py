@@ -16,6 +16,7 @@ from dllm_toolkit.cache.refreshed import RefreshedCache
 from dllm_toolkit.cache.window import VicinityCache, WindowCache, near
 from dllm_toolkit.decoders.base import DecodeError, check
 from dllm_toolkit.decoders.block import BlockDecoder
+from dllm_toolkit.decoders.drawn_order import DrawnOrder
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.rules.commit import Gate
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
@@ -55,6 +56,8 @@ from dllm_toolkit.testing.rules import Rewrite
         (lambda: Paced(0), DecodeError, "steps must be 1 or more, got 0"),
         (lambda: Paced(4, 1.0), DecodeError, r"eps must be in \[0, 1\), got 1.0"),
         (lambda: Paced(None, 0.1), DecodeError, "eps goes with a number of steps"),
+        (lambda: DrawnOrder(per_step=0), DecodeError, "per_step must be 1 or more, got 0"),
+        (lambda: DrawnOrder(window=-1), DecodeError, "window must be 0 or more, got -1"),
         (lambda: window_diffusion(idle_steps=True), DecodeError, "idle_steps needs a number of steps"),
     ],
 )
