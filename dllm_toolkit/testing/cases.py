@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_commit, cases_features
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -248,6 +248,7 @@ DECODERS = (
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
     *cases_commit.DECODERS,
+    *cases_features.DECODERS,
 )
 
 SCHEDULES = (
@@ -293,6 +294,7 @@ PROPOSALS = (
         },
     ),
     *cases_commit.PROPOSALS,
+    *cases_features.PROPOSALS,
 )
 
 COMMITS = (
@@ -348,6 +350,7 @@ COMMITS = (
     ),
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
+    *cases_features.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep),)
