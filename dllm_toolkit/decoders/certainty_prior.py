@@ -3,8 +3,8 @@
     D_i = sum_j known_j exp(-(i - j)^2 / 2 sigma^2) / sum_j exp(-(i - j)^2 / 2 sigma^2)      the prompt counts as known, the end does not
     rank masked positions by c_i * D_i; commit the best k, or all with c_i * D_i >= threshold
 
-Why: a confident guess far from everything that is decided is often a guess of what kind of token stands there. Decoding becomes quasi left to
-right without blocks. sigma towards 0 is left to right, one by one.
+Why: a confident guess far from everything that is decided is often a guess of what kind of token stands there. Decoding becomes quasi left
+to right without blocks. sigma towards 0 is left to right, one by one.
 
 Made for d2Cache (models/d2cache.py), which computes the positions that this ranks first.
 

@@ -8,9 +8,9 @@
     compute    changed, masks and context, with their own queries, against the stored keys of everybody
     answer     every position that is read from its last hidden row, computed now or before
 
-The first forward computes everything; nothing is ever refreshed otherwise. The paper's decoder commits what has just been computed, and this
-model answers for the others with what it said last; its decoder ranks positions as the masks here are ranked (decoders/certainty_prior.py), so
-that both look at the same ones. Inexact by declaration; with `candidates` no less than the masks and `share` 1 it is the model itself.
+The first forward computes everything; nothing is ever refreshed otherwise. The paper's decoder commits only what has just been computed;
+this model answers for the others with what it said last. Its decoder (decoders/certainty_prior.py) ranks positions as the masks are ranked
+here, so that both look at the same ones. Inexact by declaration; with `candidates` no less than the masks and `share` 1 it is the model.
 
 Attention is computed the plain way, because its weights are needed, and all layers' mean maps are kept until the last one is done.
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import Lanes, ModelError
-from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, predicted, prompt_of
+from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, predicted, prompt_of, read_widths
 from dllm_toolkit.ops import select
 from dllm_toolkit.ops.density import certainty_density
 from dllm_toolkit.registry import register
@@ -115,7 +115,7 @@ class D2Cache(Wrapper):
         masked = (query.tokens == self.spec.mask_id) & ~prompt_of(query, "d2cache")
         own.known.scatter_(1, query.slots, live & ~masked)
         chosen = self._chosen(query, live, masked, own)
-        width = int(chosen.sum(1).amax())  # the one host read of a forward
+        (width,) = read_widths(chosen.sum(1).amax())  # the one host read of a forward
         narrowed = narrow(query, choose(chosen, width), kv)
         assert narrowed.slots is not None
         x, lanes, watched = model.enter(narrowed), model.lanes(narrowed, kv), Watched()
@@ -131,9 +131,7 @@ class D2Cache(Wrapper):
         own.ran += chosen.sum(1)
         return logits
 
-    def _chosen(
-        self, query: Query, live: Bool[Tensor, "B W"], masked: Bool[Tensor, "B W"], own: Canvas
-    ) -> Bool[Tensor, "B W"]:
+    def _chosen(self, query: Query, live: Bool[Tensor, "B W"], masked: Bool[Tensor, "B W"], own: Canvas) -> Bool[Tensor, "B W"]:
         """The lanes that this forward computes."""
         slots = query.slots
         assert slots is not None

@@ -14,8 +14,8 @@ Besides keys and values, every layer remembers for every slot what attention and
         answer     # v v v v v v # v                 #  all    v  the least similar ones
         prompt     # . . . . . . . .                 .  nothing but the first layer
 
-Positions whose slot has never been computed (a block that opens, a wide forward of a K/V cache) are computed in any case. All counts are those
-of a row: its own forwards, its own answer. Inexact by declaration; with both intervals 1 it is the model itself.
+Positions whose slot has never been computed (a block that opens, a wide forward of a K/V cache) are computed in any case. All counts are
+those of a row: its own forwards, its own answer. Inexact by declaration; with both intervals 1 it is the model itself.
 
 The memory is 2 (layers - 1) rows of the model's width for each slot, about as much as the keys and values of plain heads once more.
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import Layer, ModelError
-from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, prompt_of, recall, store, take
+from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, prompt_of, read_widths, recall, store, take
 from dllm_toolkit.ops import select
 from dllm_toolkit.registry import register
 
@@ -133,7 +133,7 @@ class FeatureReuse(Wrapper):
         least = (rest.sum(1) * self.ratio).floor().long()
         compared = rest & (least > 0).unsqueeze(1)
         # The one host read of a forward: how many lanes does the busiest row compute, and how many does it compare?
-        width, compares = torch.stack(((due.sum(1) + least).amax(), compared.sum(1).amax())).tolist()
+        width, compares = read_widths((due.sum(1) + least).amax(), compared.sum(1).amax())
         return Turn(query, query.slots, due, compared, least, width, compares)
 
     def _layer(self, layer: Layer, x: Float[Tensor, "B W width"], turn: Turn, kv: KVBuffer) -> Float[Tensor, "B W width"]:

@@ -5,9 +5,9 @@
 
 Why: a hard choice between mask and token throws away everything that a forward found out about the positions it left masked.
 
-Only positions that are read have a distribution: under a block decoder those of the open block, as in dInfer with a K/V cache. A position that
-was never read is a plain mask. Tokens and prompts are as ever. With most = 0 it is the model itself. Keys of masked positions that a K/V cache
-keeps are those of the input of that forward.
+Only positions that are read have a distribution: under a block decoder those of the open block, as in dInfer with a K/V cache. A position
+that was never read is a plain mask. Tokens and prompts are as ever. With most = 0 it is the model itself. Keys of masked positions that a
+K/V cache keeps are those of the input of that forward.
 
 Reference: dInfer: An Efficient Inference Framework for Diffusion Language Models, arXiv 2510.08666.
 """
@@ -46,7 +46,7 @@ class Beliefs(nn.Module):
 class Smoothed(Wrapper):
     """`model` whose masked inputs carry what it said of them before (dInfer's iteration smoothing, arXiv 2510.08666).
 
-    start, growth, most: weight of the expected embedding, `start` for what the first forward says and `growth` more with each, up to `most`.
+    start, growth, most: weight of the expected embedding; `start` for what the first forward says, `growth` more with each, up to `most`.
     """
 
     cite = ("2510.08666",)
@@ -86,4 +86,3 @@ class Smoothed(Wrapper):
         store(own.added, predicted(query, kv, self.spec.shift), weight.view(-1, 1, 1).to(words.dtype) * expected)
         own.taken += live.any(1)
         return logits
-
