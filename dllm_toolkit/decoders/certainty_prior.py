@@ -69,7 +69,8 @@ def certainty_prior(
 ) -> BlockDecoder:
     """d2Cache's certainty-prior decoding (arXiv 2509.23094): the surest position near known ones first, in the whole answer or in blocks.
 
-    steps: forwards of a whole answer, None for one a token. threshold: instead of a number of tokens, commit whatever reaches it.
+    steps: forwards of a whole answer, None for one a token. threshold: instead of a number of tokens, commit whatever score reaches it; the
+    surroundings of the first mask behind known ones are known by half, so its score is below 0.5.
     """
     if steps is not None and threshold is not None:
         raise DecodeError(

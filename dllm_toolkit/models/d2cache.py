@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
-from dllm_toolkit.models.transformer import Lanes, ModelError
+from dllm_toolkit.models.transformer import Lanes, Layer, ModelError
 from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, predicted, prompt_of, read_widths
 from dllm_toolkit.ops import select
 from dllm_toolkit.ops.density import certainty_density
@@ -119,7 +119,7 @@ class D2Cache(Wrapper):
         narrowed = narrow(query, choose(chosen, width), kv)
         assert narrowed.slots is not None
         x, lanes, watched = model.enter(narrowed), model.lanes(narrowed, kv), Watched()
-        for layer in model.layers:
+        for layer in cast("list[Layer]", model.layers):
             x = x + layer.attend(x, lanes, kv, watched)
             x = x + layer.transform(x)
         logits = model.leave(x, narrowed, kv)

@@ -117,7 +117,7 @@ class FeatureReuse(Wrapper):
         live = live_lanes(query, kv)
         turn = self._turn(query, prompt_of(query, "feature_reuse"), live, own)
         x, lanes = model.enter(query), model.lanes(query, kv)
-        for layer in model.layers:
+        for layer in cast("list[Layer]", model.layers):
             x = layer(x, lanes, kv) if layer.index == 0 else self._layer(layer, x, turn, kv)
         own.known.scatter_(1, query.slots, True)
         own.taken += live.any(1)

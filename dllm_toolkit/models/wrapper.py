@@ -102,7 +102,7 @@ def predicted(query: Query, kv: KVBuffer, shift: int) -> Int[Tensor, "B R"]:
 
 def read_widths(*widths: Int[Tensor, ""]) -> list[int]:
     """Widths of packed lanes, read on the host: exact, or rounded up to a multiple of 16 where the caller is being compiled."""
-    return _read(torch.stack(widths), 16 if torch.compiler.is_compiling() else 1)
+    return _read(torch.stack(widths), 16 if torch.compiler.is_compiling() else 1)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable

@@ -37,12 +37,12 @@ DECODERS = (
         knobs={
             "block_length": Knob(4),
             "steps": Knob(4),
-            "threshold": Knob(0.4),
+            "threshold": Knob(0.03),
             "sigma": Knob(3.0),
             "temperature": Knob(1.0),
         },
     ),
-    Case("certainty_prior threshold", "decoder", certainty_prior, {"block_length": 4, "threshold": 0.4, "sigma": 2.0}),
+    Case("certainty_prior threshold", "decoder", certainty_prior, {"block_length": 4, "threshold": 0.15, "sigma": 2.0}),
     Case(
         "annealed_threshold",
         "decoder",
