@@ -35,6 +35,7 @@ class Stats:
 
     nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
     method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
+    computed: query tokens that really ran, a mean over the model's layers; fewer than `lanes` where a wrapper answers from memory.
     """
 
     nfe: list[int]
@@ -43,6 +44,7 @@ class Stats:
     commits: list[int]
     forced: list[int]
     edits: list[int]
+    computed: list[float]
     seconds: float
 
 
@@ -278,6 +280,7 @@ def _package(state: State, engine: Engine, budget: list[int], seconds: float) ->
             commits=((state.born >= 0) & ~state.fixed).sum(1).tolist(),
             forced=state.forced.tolist(),
             edits=state.edits.tolist(),
+            computed=engine.computed.tolist(),
             seconds=seconds,
         ),
     )

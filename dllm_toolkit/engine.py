@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache, Plan
@@ -94,6 +94,13 @@ class Engine:
         answer = Answer(logits.clone() if self.compile else logits, where)
         self.last = Asked(region, plan, answer)
         return answer
+
+    @property
+    def computed(self) -> Float[Tensor, "B"]:
+        """Query tokens of each row that really ran: `lanes`, or fewer where the model says that it answered some from memory."""
+        own = getattr(self.model, "computed", None)
+        ran = None if own is None else own(self.kv)
+        return self.lanes.float() if ran is None else ran
 
     def finished(self, state: State) -> bool:
         """Nothing left to do? Known from the host read of the last `ask`, so it costs nothing; one step late by design."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class KVBuffer(nn.Module):
     """Keys and values of every layer, plus the last hidden row of every slot for models with shift 1.
 
-    keys, values: [layers, B, S, H, D];  hidden: [B, S, width], or None when the model does not need it.
+    keys, values: [layers, B, S, H, D];  hidden: [B, S, width], or None when the model does not need it. notes: whatever else model
+    wrappers remember of a decode, slot by slot, each under its own name; it lives and ends with the keys.
     """
 
     keys: Tensor
@@ -44,6 +45,7 @@ class KVBuffer(nn.Module):
         self.register_buffer("hidden", hidden, persistent=False)
         base = torch.arange(rows, device=device).unsqueeze(1) * slots
         self.register_buffer("base", base, persistent=False)
+        self.notes = nn.ModuleDict()
 
     def flat(self, slots: Int[Tensor, "B W"]) -> Int[Tensor, "BW"]:
         """Slots of each row as indices into the flattened [B * S] buffers."""
@@ -58,6 +60,10 @@ class KVBuffer(nn.Module):
         layer_keys.view(self.rows * self.slots, -1).index_copy_(0, index, keys.reshape(index.numel(), -1))
         layer_values.view(self.rows * self.slots, -1).index_copy_(0, index, values.reshape(index.numel(), -1))
         return layer_keys, layer_values
+
+    def write_values(self, layer: int, index: Int[Tensor, "BW"], values: Float[Tensor, "B W H D"]) -> None:
+        """Store one layer's new values in place and leave its keys alone."""
+        self.values[layer].view(self.rows * self.slots, -1).index_copy_(0, index, values.reshape(index.numel(), -1))
 
     def write_hidden(self, index: Int[Tensor, "BW"], hidden: Float[Tensor, "B W width"]) -> None:
         if self.hidden is not None:

@@ -173,7 +173,7 @@ def _records(
                 nfe=int(stats.nfe[index]),
                 tokens=counted,
                 canvas_tokens=len(ids),
-                lanes=int(stats.lanes[index]),
+                lanes=round(stats.computed[index]),
                 steps=int(stats.steps[index]),
                 commits=int(stats.commits[index]),
                 forced=int(stats.forced[index]),

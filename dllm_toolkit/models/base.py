@@ -21,7 +21,8 @@ class Query(NamedTuple):
 
     `read` names slots, not lanes: a shift-1 model reads position i from the row of position i - 1, which may have been
     computed in an earlier forward and is then remembered by the buffer. None reads every lane. `prompt` marks the lanes that
-    hold the prompt, for models that treat it apart (guidance); most ignore it.
+    hold the prompt, for models that treat it apart (guidance); most ignore it. `added` is added to the lanes' embeddings, for wrappers
+    that feed something back.
     """
 
     tokens: Int[Tensor, "B W"]
@@ -30,6 +31,7 @@ class Query(NamedTuple):
     allow: Bool[Tensor, "B W S"] | None = None
     read: Int[Tensor, "B R"] | None = None
     prompt: Bool[Tensor, "B W"] | None = None
+    added: Float[Tensor, "B W width"] | None = None
 
 
 @runtime_checkable
@@ -37,7 +39,8 @@ class Model(Protocol):
     """Anything that answers a Query. `spec` says what it is; `dtype` and `device` where its buffers belong.
 
     Contract (checked by testing/contract.py): the answer for a read slot depends on the tokens and positions in the allowed
-    slots only; a lane of one row never depends on another row.
+    slots only; a lane of one row never depends on another row. A model that answers some lanes from memory may say in a method
+    `computed(kv)` how many query tokens of each row really ran [B] (models/wrapper.py).
     """
 
     @property

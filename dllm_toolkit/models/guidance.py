@@ -14,50 +14,37 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import ModelError
+from dllm_toolkit.models.wrapper import Wrapper, prompt_of
 from dllm_toolkit.registry import register
-from dllm_toolkit.types import ModelSpec
 
 
 @register("model", "guided")
-class Guided(nn.Module):
+class Guided(Wrapper):
     """`model` with classifier-free guidance of strength `scale` (LLaDA's cfg_scale; 0 is none)."""
 
     def __init__(self, model: Model, scale: float) -> None:
-        super().__init__()
+        super().__init__(model)
         if scale < 0:
             raise ModelError(f"scale must be 0 or more, got {scale}. It is the strength of guidance, 0 is none. Write scale: 0.5.")
-        self.model, self.scale = model, scale
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.model.spec
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(getattr(self.model, "device", "cpu"))
-
-    @property
-    def tokenizer(self) -> object:
-        """The model's own tokenizer, None if it has none."""
-        return getattr(self.model, "tokenizer", None)
+        self.scale = scale
 
     def buffer(self, rows: int, slots: int) -> KVBuffer:
         """A buffer of twice as many rows: conditional ones first."""
         return self.model.buffer(2 * rows, slots)
 
+    def computed(self, kv: KVBuffer) -> Float[Tensor, "B"] | None:
+        """Query tokens that really ran, a mean of both halves: a doubled row counts once, as in the engine's account."""
+        both = super().computed(kv)
+        return None if both is None else both.view(2, -1).mean(0)
+
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
         """Guided logits of the read slots. Raises ModelError if nobody says which lanes are prompt."""
-        if query.prompt is None:
-            raise ModelError(
-                "a guided model must be told which lanes hold the prompt, got a query without `prompt`. It replaces them by the mask "
-                "token. Decode with `decode()`, or fill Query.prompt."
-            )
-        nothing = query.tokens.masked_fill(query.prompt, self.spec.mask_id)
+        nothing = query.tokens.masked_fill(prompt_of(query, "a guided model"), self.spec.mask_id)
         doubled = Query(*(None if part is None else torch.cat((part, part)) for part in query))  # type: ignore[arg-type]
         doubled = doubled._replace(tokens=torch.cat((query.tokens, nothing)))
         conditional, unconditional = self.model(doubled, kv).chunk(2)

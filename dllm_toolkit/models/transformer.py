@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +165,34 @@ def rotate(
     return (wide * cos + turned * sin).to(x.dtype)
 
 
+class Lanes(NamedTuple):
+    """What all layers need of a query: rotations, who sees whom, and where keys and values go (see `KVBuffer.flat`)."""
+
+    cos: Float[Tensor, "B W 1 D"]
+    sin: Float[Tensor, "B W 1 D"]
+    allow: Bool[Tensor, "B 1 W S"] | None
+    causal: bool
+    index: Int[Tensor, "BW"] | None
+
+
+class Mix(Protocol):
+    """How queries mix values: `dense`, or something that keeps the attention weights."""
+
+    def __call__(
+        self, q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
+    ) -> Float[Tensor, "B H W D"]: ...
+
+
+def dense(
+    q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
+) -> Float[Tensor, "B H W D"]:
+    """Scaled dot product attention by torch's fastest kernel, H query heads on G key heads."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=lanes.allow, is_causal=lanes.causal, enable_gqa=grouped)
+
+
 class Layer(nn.Module):
-    """Attention and SwiGLU, both pre-norm and residual."""
+    """Attention and SwiGLU, both pre-norm and residual: x + attend(x), then x + transform(x)."""
 
     def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
@@ -185,35 +211,33 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(width, config.mlp_width, bias=False)
         self.down_proj = nn.Linear(config.mlp_width, width, bias=False)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B W width"],
-        cos: Tensor,
-        sin: Tensor,
-        allow: Bool[Tensor, "B 1 W S"] | None,
-        causal: bool,
-        kv: KVBuffer | None,
-        index: Int[Tensor, "BW"] | None,
+    def forward(self, x: Float[Tensor, "B W width"], lanes: Lanes, kv: KVBuffer | None) -> Float[Tensor, "B W width"]:
+        x = x + self.attend(x, lanes, kv)
+        return x + self.transform(x)
+
+    def attend(
+        self, x: Float[Tensor, "B W width"], lanes: Lanes, kv: KVBuffer | None, mix: Mix = dense
     ) -> Float[Tensor, "B W width"]:
-        rows, lanes, _ = x.shape
+        """What attention adds to the stream. The lanes' keys and values go into `kv` first, when one is given."""
+        rows, width, _ = x.shape
         normed = self.attention_norm(x)
-        q = rotate(self.q_norm(self.q_proj(normed).view(rows, lanes, self.heads, self.head_dim)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim)), cos, sin)
-        v = self.v_proj(normed).view(rows, lanes, self.kv_heads, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(normed).view(rows, width, self.heads, self.head_dim)), lanes.cos, lanes.sin)
+        k = rotate(self.k_norm(self.k_proj(normed).view(rows, width, self.kv_heads, self.head_dim)), lanes.cos, lanes.sin)
+        v = self.v_proj(normed).view(rows, width, self.kv_heads, self.head_dim)
         if kv is not None:
-            assert index is not None
-            k, v = kv.write(self.index, index, k, v)  # [B, S, H, D]
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=allow,
-            is_causal=causal,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        x = x + self.o_proj(rearrange(mixed, "b h w d -> b w (h d)"))
+            assert lanes.index is not None
+            k, v = kv.write(self.index, lanes.index, k, v)  # [B, S, H, D]
+        mixed = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lanes)
+        return self.o_proj(rearrange(mixed, "b h w d -> b w (h d)"))
+
+    def values(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W H D"]:
+        """The values that `attend` would store for these lanes."""
+        return self.v_proj(self.attention_norm(x)).view(*x.shape[:2], self.kv_heads, self.head_dim)
+
+    def transform(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W width"]:
+        """What the feed-forward network adds to the stream."""
         normed = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 class Transformer(nn.Module):
@@ -303,8 +327,11 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def buffer(self, rows: int, slots: int) -> KVBuffer:
-        """An empty K/V buffer for `rows` canvases of `slots` slots, on this model's device."""
+    def buffer(self, rows: int, slots: int, *, hidden: bool = False) -> KVBuffer:
+        """An empty K/V buffer for `rows` canvases of `slots` slots, on this model's device.
+
+        hidden: remember the last hidden row of every slot, which models with shift 1 do anyway: what is read need not be computed then.
+        """
         config = self.config
         assert config.kv_heads is not None and config.head_dim is not None
         return KVBuffer(
@@ -313,7 +340,7 @@ class Transformer(nn.Module):
             layers=config.layers,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            hidden_width=config.width if config.shift else None,
+            hidden_width=config.width if config.shift or hidden else None,
             dtype=self.dtype,
             device=self.device,
         )
@@ -325,20 +352,35 @@ class Transformer(nn.Module):
 
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
         """Logits of the read slots. Writes the lanes' keys and values into `kv` when one is given."""
+        x, lanes = self.enter(query), self.lanes(query, kv)
+        for layer in self.layers:
+            x = layer(x, lanes, kv)
+        return self.leave(x, query, kv)
+
+    def enter(self, query: Query) -> Float[Tensor, "B W width"]:
+        """What the first layer sees: the lanes' embeddings, and what the query adds to them."""
         tokens, config = query.tokens, self.config
         if config.mask_id == config.vocab_size:  # an undecided lane of a causal model: it has no embedding, and nobody looks at it
             tokens = tokens.masked_fill(tokens == config.mask_id, config.pad_id)
-        x = self.embed(tokens)  # [B, W, width]
-        cos, sin = self.cos[query.positions].unsqueeze(2), self.sin[query.positions].unsqueeze(2)  # [B, W, 1, D]
-        index = None if kv is None or query.slots is None else kv.flat(query.slots)
-        allow = None if query.allow is None else query.allow.unsqueeze(1)  # [B, 1, W, S]
-        causal = kv is None and allow is None and self.config.attention == "causal"
-        for layer in self.layers:
-            x = layer(x, cos, sin, allow, causal, kv, index)
+        x = self.embed(tokens)
+        return x if query.added is None else x + query.added
+
+    def lanes(self, query: Query, kv: KVBuffer | None) -> Lanes:
+        """What every layer needs of a query."""
+        return Lanes(
+            cos=self.cos[query.positions].unsqueeze(2),
+            sin=self.sin[query.positions].unsqueeze(2),
+            allow=None if query.allow is None else query.allow.unsqueeze(1),
+            causal=kv is None and query.allow is None and self.config.attention == "causal",
+            index=None if kv is None or query.slots is None else kv.flat(query.slots),
+        )
+
+    def leave(self, x: Float[Tensor, "B W width"], query: Query, kv: KVBuffer | None) -> Float[Tensor, "B R V"]:
+        """Logits of the read slots, from what the last layer gave for the lanes. A buffer with hidden rows remembers those too."""
         hidden = self.norm(x)  # [B, W, width]
         if kv is not None and kv.hidden is not None:
-            assert index is not None
-            kv.write_hidden(index, hidden)
+            assert query.slots is not None
+            kv.write_hidden(kv.flat(query.slots), hidden)
             hidden = kv.hidden  # [B, S, width]
         elif kv is not None and query.read is not None:
             hidden, query = self._lanes_of(hidden, query, kv)

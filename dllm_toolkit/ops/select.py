@@ -31,6 +31,20 @@ def best(score: Float[Tensor, "B L"], among: Bool[Tensor, "B L"]) -> Bool[Tensor
     return torch.zeros_like(among).scatter(1, place, True) & among
 
 
+def nucleus(score: Float[Tensor, "B L"], among: Bool[Tensor, "B L"], share: float) -> Bool[Tensor, "B L"]:
+    """The fewest best candidates of each row that together hold `share` of the candidates' scores, which are 0 or more.
+
+    0 chooses none, 1 all.
+    """
+    if share >= 1:
+        return among
+    place = rank(score, among)
+    order = place.argsort(dim=1, stable=True)
+    ranked = score.masked_fill(~among, 0).gather(1, order)
+    before = torch.zeros_like(ranked).scatter(1, order, ranked.cumsum(1) - ranked)  # what better candidates hold
+    return among & (before < share * ranked.sum(1, keepdim=True))
+
+
 def group_any(flag: Bool[Tensor, "B L"], group: Int[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
     """For every position: does its group hold a True? Groups are numbered 0 .. L."""
     rows, length = flag.shape

@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_cache, cases_commit, cases_revise, cases_schedules, cases_stops
+from dllm_toolkit.testing import cases_cache, cases_commit, cases_features, cases_revise, cases_schedules, cases_stops
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -256,6 +256,7 @@ DECODERS = (
     *cases_cache.DECODERS,
     *cases_stops.DECODERS,
     *cases_schedules.DECODERS,
+    *cases_features.DECODERS,
 )
 
 SCHEDULES = (
@@ -311,6 +312,7 @@ PROPOSALS = (
         },
     ),
     *cases_commit.PROPOSALS,
+    *cases_features.PROPOSALS,
 )
 
 COMMITS = (
@@ -370,6 +372,7 @@ COMMITS = (
     *cases_cache.COMMITS,
     *cases_stops.COMMITS,
     *cases_schedules.COMMITS,
+    *cases_features.COMMITS,
 )
 
 REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
