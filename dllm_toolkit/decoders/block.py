@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dllm_toolkit.decoders.base import Commit, Decoder, Propose, Revise, Schedule, Stop
 from dllm_toolkit.decoders.rules.propose import Sample
-from dllm_toolkit.decoders.rules.revise import Keep
+from dllm_toolkit.decoders.rules.revise import Keep, hidden_probability
 from dllm_toolkit.decoders.rules.stop import AtEos
 from dllm_toolkit.ops.select import ensure_progress
 from dllm_toolkit.registry import register
@@ -48,13 +48,19 @@ class BlockDecoder(Decoder):
             stop=self.stop.init(state),
         )
 
+    def region(self, state: State) -> Region:
+        """The region that the coming step asks for."""
+        return self.schedule.region(state)
+
     def step(self, engine: Engine, state: State) -> State:
-        region = self.schedule.region(state)
-        answer = engine.ask(state, region)
+        region = self.region(state)
+        answer = engine.ask(state, region, self.revise.shadows(region, state))
         return engine.unit(self.decide)(answer, region, state)
 
     def decide(self, answer: Answer, region: Region, state: State) -> State:
         proposal = self.propose(answer, state)
+        if answer.shadow is not None:
+            proposal = replace(proposal, shadow=hidden_probability(answer.shadow, state))
         region = self.schedule.refine(region, proposal, state)
         asked = self.commit.select(proposal, region, state) & region.eligible
         chosen = ensure_progress(asked, proposal.score, region.eligible, region.group, region.force)
