@@ -18,16 +18,16 @@ FILES = {path.stem: golden.load_cases(path) for path in sorted((golden.SHIPPED /
 NOT_BUILT = {
     "d3llm_dream",
     "d3llm_llada",
-    "freedave_dream",
-    "freedave_llada",
     "window_diffusion_dream",
     "window_diffusion_llada",
 }
+DECLINED = {"freedave_llada_tree_prefix_d4_eager", "freedave_dream_tree_prefix_d4_eager"}
 BUILT = [
     pytest.param(case, id=f"{file}/{case['name'].removeprefix(file).strip('_')}")
     for file, cases in FILES.items()
     if file not in NOT_BUILT
     for case in cases
+    if case["name"] not in DECLINED
 ]
 
 
@@ -42,8 +42,9 @@ def test_a_row_does_not_notice_its_company(case: Case) -> None:
     assert compare(case, replay(case, planned, COMPANY), planned) == {}
 
 
-def test_what_is_not_built_says_so() -> None:
+def test_what_is_not_built_or_declined_says_so() -> None:
     waiting: Counter[str] = Counter()
+    declined = set()
     for file, cases in FILES.items():
         for case in cases:
             try:
@@ -51,7 +52,9 @@ def test_what_is_not_built_says_so() -> None:
             except NotBuilt:
                 waiting[file] += 1
             except Declined as reason:
-                pytest.fail(f"{case['name']}: {reason}")
+                assert str(reason)
+                declined.add(case["name"])
+    assert declined == DECLINED
     assert waiting == {file: len(FILES[file]) for file in NOT_BUILT}
 
 
