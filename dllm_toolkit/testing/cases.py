@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_commit, cases_drafts
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -248,6 +248,7 @@ DECODERS = (
         {"schedule": Pipelined(**PIPELINED), "commit": Gate(0.4), "revise": Rewrite()},
     ),
     *cases_commit.DECODERS,
+    *cases_drafts.DECODERS,
 )
 
 SCHEDULES = (
@@ -348,9 +349,10 @@ COMMITS = (
     ),
     Case("first_of_block", "commit", FirstOfBlock, {"then": Gate(0.6)}, knobs={"then": Knob(Gate(0.9))}),
     *cases_commit.COMMITS,
+    *cases_drafts.COMMITS,
 )
 
-REVISIONS = (Case("keep", "revise", Keep),)
+REVISIONS = (Case("keep", "revise", Keep), *cases_drafts.REVISIONS)
 STOPS = (
     Case("at_eos", "stop", AtEos, knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True})}),
     Case("when_full", "stop", WhenFull),
