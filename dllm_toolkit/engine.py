@@ -30,7 +30,7 @@ from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.ops import lanes, masks, trees
 from dllm_toolkit.state import Answer, Region, Shadow, State
-from dllm_toolkit.types import Canvas, Rows
+from dllm_toolkit.types import Canvas
 
 Form = Literal["rows", "lanes"]
 
