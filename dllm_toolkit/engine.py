@@ -6,14 +6,14 @@ Guarantees that no rule can break live here: dead lanes write to the trash slot 
 computed is visible, and every forward is counted for each row that took part in it. The host reads one small tensor a step (how
 wide is the busiest row, is anybody left).
 
-**Branches.** A decoder that looks ahead asks for K canvases of every row at once: `ask` gets a state of B * K rows, row b * K + k for branch k of
-row b, and one that is `done` for a branch that is not in use. They are one forward of the row. `keep` says afterwards which branch goes on;
-all of them then have its keys and values, and the cache remembers for all of them what it remembered for that one.
+**Branches.** A decoder that looks ahead asks for K canvases of every row at once: `ask` gets a state of B * K rows, row b * K + k for
+branch k of row b, and one that is `done` for a branch that is not in use. They are one forward of the row. `keep` says afterwards which
+branch goes on; all of them then have its keys and values, and the cache remembers for all of them what it remembered for that one.
 
     form "rows"    every branch has its own row of the buffer; `keep` copies whole rows
     form "lanes"   the branches of a row share its slots; what a branch computes stands in scratch slots until `keep`
 
-Branches and the shadows of a canvas (positions that are asked anew, their token hidden) are drawn in ops/masks.py.
+The second form, and the shadows of a canvas (positions that are asked anew, their token hidden), are laid out in sheets.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm_toolkit import sheets
 from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.ops import lanes, masks, trees
@@ -51,8 +52,8 @@ class Asked:
 class Engine:
     """Runs a model for one decode of B rows on a canvas of L positions.
 
-    nfe, lanes [B]: forwards and query tokens of each row so far, whatever the number of branches. last: the most recent forward. over: nobody
-    was left to ask for. listen: called with every forward, if somebody wants to know.
+    nfe, lanes [B]: forwards and query tokens of each row so far, whatever the number of branches. last: the most recent forward. over:
+    nobody was left to ask for. listen: called with every forward, if somebody wants to know.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class Engine:
     def ask(self, state: State, region: Region, shadows: Canvas | None = None) -> Answer:
         """One forward. Logits of every read position of every unfinished row, aligned with the position they predict.
 
-        shadows: decided positions that are asked anew, each with its own token hidden (`Answer.shadow`); models with shift 0 only. They take
-        as many more lanes. With branches, state and region have B * K rows, and so has the answer; `keep` must follow.
+        shadows: positions that are asked anew, each with its own token hidden (`Answer.shadow`); models with shift 0 only. They take as
+        many more lanes. With branches, state and region have B * K rows, and so has the answer; `keep` must follow.
         """
         assert not self._waiting, "Engine.keep must say which branch goes on before the next Engine.ask"
         alive = ~state.done.unsqueeze(1)
@@ -160,9 +161,7 @@ class Engine:
             self._units[function] = torch.compile(function, fullgraph=True, dynamic=False)
         return self._units[function]
 
-    def _plain(
-        self, state: State, region: Region, plan: Plan, wanted: Canvas
-    ) -> Answer | None:
+    def _plain(self, state: State, region: Region, plan: Plan, wanted: Canvas) -> Answer | None:
         """A forward in which every lane has the slot of its position. None if nobody is left."""
         # The one host read of a step.
         busiest, reads, left = torch.stack(
@@ -176,90 +175,30 @@ class Engine:
         where = lanes.pack(wanted, read_width)  # [B, R]
         return Answer(self._forward(self._query(state, region, plan.visible, positions, where), self.kv), where)
 
-    def _spread(
-        self, state: State, region: Region, plan: Plan, wanted: Canvas, shadows: Canvas | None
-    ) -> Answer | None:
-        """A forward of several canvases of a row, or of a canvas and its shadows. Row b * C + c of a [B * C, L] mask is canvas c of row b."""
-        length, spec = state.tokens.shape[1], state.spec
-
-        def sheets(values: Tensor) -> Tensor:
-            return values.view(-1, self.sheets, *values.shape[1:])
-
-        compute, used = sheets(plan.compute), sheets(~state.done)
-        in_place = used.sum(1) <= 1
-        asked = torch.zeros_like(wanted) if shadows is None else shadows
-        canvas_lanes, shadow_lanes = compute.sum((1, 2)), sheets(asked).sum((1, 2))
+    def _spread(self, state: State, region: Region, plan: Plan, wanted: Canvas, shadows: Canvas | None) -> Answer | None:
+        """A forward over several canvases of a row, or over a canvas and its shadows. None if nobody is left."""
+        length = state.tokens.shape[1]
+        needed = sheets.Needed(plan.visible, plan.compute, wanted, shadows, state.done, self.sheets)
         # The one host read of a step.
-        busiest, apart, reads, shades, left = torch.stack(
-            (
-                (canvas_lanes + shadow_lanes).amax(),
-                (canvas_lanes.masked_fill(in_place, 0) + shadow_lanes).amax(),
-                wanted.sum(1).amax(),
-                asked.sum(1).amax(),
-                used.sum(),
-            )
-        ).tolist()
+        busiest, scratch, reads, shades, left = needed.counts().tolist()
         self.over = left == 0
         if self.over:
             return None
-        most = self.sheets * length * (1 if shadows is None else 2)
-        width = min(_bucket(busiest), most) if self.compile else max(busiest, 1)
-        read_width, shade_width = (self._widths(0, count, length)[1] for count in (reads, shades))
-        where = lanes.pack(wanted, read_width)  # [B * C, R]
-        self._make_room(apart, length)
-        scratch, trash = self.kv.slots - 1 - length, self.kv.slots - 1
-        lane = lanes.pack_sheets(compute, None if shadows is None else sheets(asked), in_place, width, scratch)
-        self._apart = lane if apart > 0 else None
-        own_slot = torch.where(lane.positions < length, lane.positions, trash)
-        slots = torch.where(lane.scratch < scratch, length + lane.scratch, own_slot)
-        dead: Bool[Tensor, "B W 1"] = (lane.positions == length).unsqueeze(2)
-        allow = masks.sheets_allow(
-            spec.attention,
-            sheets(plan.visible),
-            compute & ~in_place[:, None, None],
-            sheets(region.block),
-            lane,
-            scratch,
+        self._make_room(scratch, length)
+        layout = sheets.lay_out(
+            state,
+            region,
+            needed,
+            slots=self.kv.slots,
+            width=min(_bucket(busiest), needed.length) if self.compile else max(busiest, 1),
+            reads=self._widths(0, reads, length)[1],
+            shades=self._widths(0, shades, length)[1],
         )
-        allow = torch.cat((allow & ~dead, dead), dim=2)  # [B, W, S]
-        # Where the keys and the hidden row of every position of every sheet stand; the last column is for dead lanes.
-        rows = compute.shape[0]
-        place = torch.full((rows, most + 1), trash, device=slots.device)
-        place[:, : self.sheets * length] = state.positions.repeat(1, self.sheets)
-        place = place.scatter(1, lane.index, slots)
-
-        def stands(positions: Int[Tensor, "BC Q"], first: int) -> Int[Tensor, "B CQ"]:
-            by_sheet = sheets(positions)
-            sheet = torch.arange(self.sheets, device=slots.device)[:, None]
-            index = torch.where(by_sheet < length, first + sheet * length + by_sheet, most)
-            return place.gather(1, index.flatten(1))
-
-        read = stands(_source(where, spec.shift, length), 0)
-        shaded = None
-        if shadows is not None:
-            shaded = lanes.pack(asked, shade_width)
-            read = torch.cat((read, stands(shaded, self.sheets * length)), dim=1)
-        canvas = torch.cat((state.tokens.view(rows, -1), torch.full_like(state.begin.view(rows, -1)[:, :1], spec.pad_id)), dim=1)
-        tokens = canvas.gather(1, torch.where(dead.squeeze(2), self.sheets * length, lane.index % (self.sheets * length)))
-        logits = self._forward(
-            Query(
-                tokens=tokens.masked_fill(lane.shadow, spec.mask_id),
-                positions=lane.positions.clamp(max=length - 1),
-                slots=slots,
-                allow=allow,
-                read=read,
-                prompt=lane.positions < state.begin.view(rows, -1)[:, :1],
-            ),
-            self.kv,
-        )
-        if shaded is None:
-            return Answer(logits.reshape(*where.shape, -1), where)
-        count = self.sheets * where.shape[1]
-        shadow = Shadow(logits[:, count:].reshape(*shaded.shape, -1), shaded)
-        return Answer(logits[:, :count].reshape(*where.shape, -1), where, shadow)
+        self._apart = layout.lanes if scratch > 0 else None
+        return layout.answer(self._forward(layout.query, self.kv))
 
     def _make_room(self, scratch: int, length: int) -> None:
-        """At least so many scratch slots. Grows seldom: in powers of two, and what a forward leaves in the slots of the canvas is copied."""
+        """At least so many scratch slots. Grows seldom, in powers of two; what stands in the slots of the canvas is copied."""
         if self.kv.slots - 1 - length < scratch:
             before = self.kv
             self.kv = self.model.buffer(self.written.shape[0] // self.sheets, length + _bucket(scratch) + 1)
@@ -289,7 +228,7 @@ class Engine:
             positions=positions.clamp(max=length - 1),
             slots=positions,
             allow=allow,
-            read=_source(where, spec.shift, length),
+            read=sheets.source(where, spec.shift, length),
             prompt=positions < state.begin.unsqueeze(1),
         )
 
@@ -301,11 +240,6 @@ class Engine:
         logits = torch.zeros(rows, reads, state.spec.vocab_size, dtype=dtype, device=state.tokens.device)
         where = torch.full((rows, reads), length, device=state.tokens.device)
         return Answer(logits, where, Shadow(logits.clone(), where.clone()) if shadows else None)
-
-
-def _source(where: Int[Tensor, "B R"], shift: int, length: int) -> Int[Tensor, "B R"]:
-    """The positions whose hidden rows predict the positions `where`; L stays L."""
-    return where if shift == 0 else torch.where(where < length, (where - shift).clamp(min=0), length)
 
 
 def _allow_graphs(most: int = 1024) -> None:

@@ -27,9 +27,9 @@ class Plan:
 class Cache(abc.ABC):
     """Which K/V may be reused?
 
-    `exact`: the logits equal those of NoCache on every model the cache accepts. `path_free`: within an epoch the keys in use follow from the
-    canvas of its first forward and the present one, whatever forwards lay between; a decoder that skips some (FreeDave) ends with the same
-    keys. Not so for a cache that counts forwards or remembers when a token was written. `needs`: what it asks of the model.
+    `exact`: the logits equal those of NoCache on every model the cache accepts. `path_free`: within an epoch the keys in use follow from
+    the canvas of its first forward and the present one, whatever forwards lay between; a decoder that skips some ends with the same keys.
+    Not so for a cache that counts forwards, or remembers when a token was written. `needs`: what it asks of the model.
     `state` is always the one that the forward sees. K/V may be kept for good only where `region.closed`: anywhere else a token may still
     change, or an earlier one may that this K/V depends on.
     """

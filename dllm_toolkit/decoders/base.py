@@ -181,8 +181,8 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
     if any(member.leaps for member in decoder.members() if isinstance(member, Decoder)) and not (cache.exact or cache.path_free):
         raise DecodeError(
             f"the cache {name_of(cache) or type(cache).__name__} does not fit a decoder that skips forwards, got "
-            f"{name_of(decoder) or type(decoder).__name__}. What the cache keeps depends on every forward, so the text would be another one. "
-            "Write cache: none, prefix, dual, or block_causal."
+            f"{name_of(decoder) or type(decoder).__name__}. What the cache keeps depends on every forward, so the text would be another "
+            "one. Write cache: none, prefix, dual, or block_causal."
         )
     for member in decoder.members():
         if isinstance(member, Part):

@@ -1,7 +1,7 @@
 """FreeDave: verify several steps of a decode in one forward, and end with the very text of the slower decode.
 
-The reference process is any decoder of the template: at a canvas it asks the model, decides, and arrives at the next canvas. What the model said
-at one canvas is also a good guess of what it will say at the next ones, so
+The reference process is any decoder of the template: at a canvas it asks the model, decides, and arrives at the next canvas. What the
+model said at one canvas is also a good guess of what it will say at the next ones, so
 
     s        the present canvas;  e: what the model said before the last decision
     d_0 = s, d_(j+1) = the step from d_j, decided with e instead of a forward         drafts, until the open span moves
@@ -11,8 +11,8 @@ at one canvas is also a good guess of what it will say at the next ones, so
     s = g,  e = the answer of d_best
 
 Every accepted step is a step of the reference process, with everything that its rules remember, so tokens, the step at which each was
-written, and random choices are the same; there is always at least one, so it never needs more forwards. `match: "subset"` also accepts a draft
-whose tokens are all in g while g has more (FreeDave++): fewer forwards, and a text of its own.
+written, and random choices are the same; there is always at least one, so it never needs more forwards. `match: "subset"` also accepts a
+draft whose tokens are all in g while g has more, and goes on from it (FreeDave++): the text is then its own.
 
 Reference: Wu and Zhang, FreeDave: free draft-and-verification, arXiv 2510.00294.
 """
@@ -57,11 +57,13 @@ class Evidence:
 class SelfDraft(Decoder):
     """FreeDave around any decoder of the template: the same text, decided in fewer forwards, each of up to `drafts` canvases.
 
-    form: `batch` gives every draft its own row of keys and values, `tree` lets the drafts of a row share them and needs less memory; results
-    are equal. match `exact` is lossless; `subset` accepts drafts that the next step contains (FreeDave++). eager: the last draft may be a
-    full block with the next one opened; its forward is wider, and if it is right that block's first forward is saved. official_loop repeats the
-    released code's account: what is decided waits for the forward that verifies it, a draft that fills the block is verified too, drafts
-    grow by one token.
+    form: `batch` gives every draft its own row of keys and values, `tree` lets the drafts of a row share them and needs less memory;
+    results are equal. match `exact` is lossless; `subset` accepts drafts that the next step contains (FreeDave++). eager: the last draft
+    may be a full block with the next one opened; its forward is wider, and if it is right that block's first forward is saved.
+    official_loop repeats the released code's account: what is decided waits for the forward that verifies it, a draft that fills the
+    block is verified too, drafts grow by one token.
+
+    Steps of the state are steps of the reference process. In half precision a wider forward may round a near-tie to the other side.
 
     Reference: FreeDave, arXiv 2510.00294.
     """
@@ -86,8 +88,8 @@ class SelfDraft(Decoder):
                 )
         if self.eager and self.official_loop:
             raise DecodeError(
-                "eager and official_loop exclude each other, got both. The released code's eager mode commits drafts that nothing has verified. "
-                "Write official_loop: false."
+                "eager and official_loop exclude each other, got both. The released code's eager mode commits drafts that nothing has "
+                "verified. Write official_loop: false."
             )
 
     @property
@@ -132,7 +134,7 @@ class SelfDraft(Decoder):
         alive = ~state.done
         if evidence is None:
             return [state] * self.drafts, torch.stack([alive, *[torch.zeros_like(alive)] * (self.drafts - 1)], dim=1)
-        region = self.inner.region(state)
+        region = self._region(state)
         known = alive & (region.epoch == evidence.epoch)
         decide = engine.unit(self.inner.decide)
         if self.official_loop:
@@ -150,7 +152,7 @@ class SelfDraft(Decoder):
         for _ in range(1, self.drafts):
             last = chain[-1]
             after = decide(evidence.answer, region, last)
-            region = self.inner.region(after)
+            region = self._region(after)
             changed = (after.tokens != last.tokens) | (after.masked != last.masked)
             guessed = changed & ~read  # nothing foretells what was not read
             known = known & ~after.done & changed.any(1) & ~guessed.any(1)
@@ -160,6 +162,10 @@ class SelfDraft(Decoder):
             used.append(known if self.eager else known & stays)
             known = known & stays
         return chain, torch.stack(used, dim=1)
+
+    def _region(self, state: State) -> Region:
+        """The region of a state, in tensors of its own: `decide` is one graph, also for regions that were picked among branches."""
+        return trees.over(torch.clone, self.inner.region(state))
 
     @staticmethod
     def _here(region: Region, state: State) -> Region:

@@ -4,8 +4,8 @@
     forward over the canvas, and over a shadow of the block: mask tokens at the block's positions, each of which sees the canvas without its
     own position, and the other shadows (the canvas sees no shadow)
     in   commit {c_i >= wide}, at least the best, at most min(max(floor(0.7 m), 5), 20) of them
-    out  if that were more than one: of what was decided earlier in the block, mask again where the shadow gives the token less than `narrow`;
-         no more than the previous step committed less one, the most doubtful first
+    out  if that were more than one: of what was decided earlier in the block, mask again where the shadow gives the token less than
+         `narrow`; no more than the previous step committed less one, the most doubtful first
     the next block opens when nothing is masked; what was committed last is not asked again
 
 A step may leave more masks than it found, but never takes back what the step before has not committed: a block of n positions takes at most

@@ -2,8 +2,8 @@
 
     canvas   . x . x x .      pack, W = 4      lanes  1 3 4 L      (L: dead lane, maps to the trash slot)
 
-Several canvases of a row (hypotheses that share its slots), and shadows of their positions, are sheets: one behind the other they are packed
-like one long canvas.
+Several canvases of a row (hypotheses that share its slots), and shadows of their positions, are sheets: one behind the other they are
+packed like one long canvas.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pack_sheets(
 ) -> SheetLanes:
     """Lanes for the wanted positions of C canvases, then for their shadows.
 
-    in_place: rows whose canvas lanes write into their own slots, because only one canvas of them is in use; shadows always need scratch slots.
+    in_place: rows whose canvas lanes write into their own slots, because only one canvas is in use; shadows always need scratch slots.
     """
     _, sheets, length = wanted.shape
     flat = wanted.flatten(1)

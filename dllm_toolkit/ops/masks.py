@@ -64,17 +64,17 @@ def sheets_allow(
     block: Int[Tensor, "B C L"],
     lane: SheetLanes,
     scratch: int,
-) -> Bool[Tensor, "B W L+scratch"]:
+) -> Bool[Tensor, "B W K"]:
     """What each lane may see when C canvases of a row share its slots, and when shadows ask for tokens anew.
 
     A canvas is a hypothesis: it sees the slots of the row (what earlier forwards left there) except where it has lanes of its own, whose
-    keys stand in scratch slots, and of those only its own. A shadow lane holds the mask token at a position and asks what would stand there:
-    it sees its canvas without that position, and the other shadows of its canvas (arXiv 2507.18578); canvas lanes see no shadow.
+    keys stand in scratch slots, and of those only its own. A shadow lane holds the mask token at a position and asks what would stand
+    there: it sees its canvas without that position, and the shadows of its canvas (arXiv 2507.18578); canvas lanes see no shadow.
 
         two canvases a, b of 4 positions, 2 and 3 computed        one canvas, computed in place, shadows of 2 and 3
 
                      slots      scratch                                        slots      scratch
-        q \\ k       0 1 2 3    a2 a3 b2 b3                        q \\ k       0 1 2 3    s2 s3
+        lanes        0 1 2 3    a2 a3 b2 b3                        lanes        0 1 2 3    s2 s3
         a2, a3       x x . .    x  x  .  .                         0, 1, 2, 3   x x x x    .  .
         b2, b3       x x . .    .  .  x  x                         s2           x x . x    x  x
                                                                    s3           x x x .    x  x

@@ -31,6 +31,8 @@ def over(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
         return {key: over(function, value, *(one[key] for one in others)) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         made = [over(function, *several) for several in zip(tree, *others, strict=True)]
+        if all(one is other for one, other in zip(made, tree, strict=True)):
+            return tree
         return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
     return tree
 

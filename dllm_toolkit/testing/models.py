@@ -150,8 +150,8 @@ class Scripted(_Toy):
 class Counting:
     """A model that counts what reaches it, independently of the engine's own account.
 
-    nfe, lanes [B]: forwards with at least one lane of the row, and its lanes; forwards: calls. rows: of the decode, where branches have rows
-    of their own in the buffer.
+    nfe, lanes [B]: forwards with at least one lane of the row, and its lanes; forwards: calls. rows: of the decode, where branches have
+    rows of their own in the buffer.
     """
 
     def __init__(self, model: Model, rows: int | None = None) -> None:

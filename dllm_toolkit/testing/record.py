@@ -70,7 +70,7 @@ def infill(seed: int = 0) -> Batch:
 
 @dataclass(frozen=True)
 class Ask:
-    """One forward: the state it saw, the region, the cache's plan (as the cache gave it), the query, what was computed, logits on the canvas.
+    """One forward: state, region, the cache's plan (as the cache gave it), the query, what was computed, logits on the canvas.
 
     With branches everything but the query has a row for each: row b * K + k is branch k of row b. shadow: logits of the positions that were
     asked anew, where `shaded`; None if the decoder asks for none.

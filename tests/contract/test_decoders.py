@@ -14,7 +14,7 @@ from dllm_toolkit.testing.record import Batch, unequal
 
 CHECKS = (*DECODER_CHECKS, *CACHE_CHECKS)
 # A shifted model differs in one thing, where a position is read from, so a few decoders cover it.
-SHIFTED = {"vanilla in blocks", "fast_dllm", "fast_dllm first release", "dream", "d2f", "block rewriting", "freedave"}
+SHIFTED = {"vanilla in blocks", "fast_dllm", "fast_dllm first release", "dream", "d2f", "block rewriting"}
 # Every method meets every cache, and so do the rules that look back; variants of a method meet the cache that saves most.
 METHODS = {case.maker: case.name for case in reversed(cases.DECODERS)}
 EVERYWHERE = {*METHODS.values(), "block rewriting", "block doubting", "pipeline rewriting"}

@@ -1,4 +1,4 @@
-"""FreeDave is its reference process in fewer forwards (E18, V1, V2, V4), and WINO without doubts is a capped threshold (E15, WI1 to WI4)."""
+"""FreeDave is its reference process in fewer forwards (E18, V1, V2, V4); WINO without doubts is a capped threshold (E15, WI1 to WI4)."""
 
 from __future__ import annotations
 
