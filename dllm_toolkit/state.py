@@ -8,7 +8,7 @@ never written, a masked position holds the mask id, and whatever lies behind a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -170,7 +170,12 @@ class State:
 
     def pick(self, index: Int[Tensor, "N"]) -> State:
         """Some rows, in the given order, once or several times, with everything that their parts remember."""
-        return replace(trees.pick(self, index, self.tokens.shape[0]), positions=self.positions)
+        return replace(self, **trees.pick(self._by_row, index, self.tokens.shape[0]))
+
+    @property
+    def _by_row(self) -> dict[str, PyTree]:
+        """Everything that belongs to single rows."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("positions", "spec")}
 
     def branch(self, count: int) -> State:
         """Every row `count` times: rows b * count .. b * count + count - 1 are copies of row b."""
@@ -178,13 +183,13 @@ class State:
 
     def replace_rows(self, where: Rows, other: State) -> State:
         """Row by row the other state where True, this one elsewhere. Both come from the same decode, or have its shapes."""
-        return replace(trees.choose(where, other, self), positions=self.positions)
+        return replace(self, **trees.choose(where, other._by_row, self._by_row))
 
     @staticmethod
     def interleave(states: Sequence[State]) -> State:
         """K states of B rows as one of B * K rows: row b * K + k is row b of state k."""
         first = states[0]
-        return replace(trees.interleave(states, first.tokens.shape[0]), positions=first.positions)
+        return replace(first, **trees.interleave([one._by_row for one in states], first.tokens.shape[0]))
 
     def write(self, where: Canvas, tokens: Tokens) -> State:
         """Decide positions, or change decided ones. Fixed positions and finished rows are left alone."""

@@ -75,7 +75,7 @@ def read_counts(path: str | Path, vocab_size: int) -> Float[Tensor, "V"]:
 class Calibration:
     """State of PositionAndCorpus: -ln f of every token (the same for every row), and the state of the inner proposal."""
 
-    surprise: Float[Tensor, "1 V"]
+    surprise: Float[Tensor, "_ V"]  # one row for all
     inner: PyTree
 
 

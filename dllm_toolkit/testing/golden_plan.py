@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache as remember
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -311,7 +311,7 @@ def _freedave(case: Case, base: Transformer) -> Plan:
     cache = DualCache() if arguments["dual_cache"] else PrefixCache()
     if "draft_steps" not in arguments:
         return Plan(base, static, cache, arguments["max_gen_length"])
-    form = {"tree_attention": "tree", "batch_expanding": "batch"}[arguments["draft_mode"]]
+    form: Literal["tree", "batch"] = "tree" if arguments["draft_mode"] == "tree_attention" else "batch"
     drafting = SelfDraft(static, arguments["draft_steps"], form, match="subset", official_loop=True)
     return Plan(base, drafting, cache, arguments["max_gen_length"])
 
