@@ -125,9 +125,14 @@ def trace(
     cache: Cache | None = None,
     seed: int | Sequence[int] = 0,
     max_steps: int | None = None,
+    listen: Callable[[Asked], None] | None = None,
 ) -> Iterator[Step]:
-    """Step through a decode: the same arguments and states as `decode`, one `Step` at a time. Ends at `max_steps` without an error."""
+    """Step through a decode: the same arguments and states as `decode`, one `Step` at a time. Ends at `max_steps` without an error.
+
+    listen: called with every forward, for decoders that ask several times in one step.
+    """
     state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
+    engine.listen = listen
     for _ in range(_limit(max_steps, decoder, budget)):
         with torch.inference_mode():
             after = decoder.step(engine, state)
@@ -166,8 +171,20 @@ def _start(
     with torch.inference_mode():
         state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
-    engine = Engine(model, cache, state, max_reads=decoder.max_reads(max(budget)), compile=compile)
-    return state, engine, budget
+    return state, engine_of(model, decoder, cache, state, max(budget), compile), budget
+
+
+def engine_of(model: Model, decoder: Decoder, cache: Cache, state: State, budget: int, compile: bool = False) -> Engine:
+    """A new engine that fits a decoder: for a decode from its first state, or one that goes on from `state`. budget: the longest answer."""
+    return Engine(
+        model,
+        cache,
+        state,
+        max_reads=decoder.max_reads(budget),
+        compile=compile,
+        branches=decoder.branches,
+        form=decoder.branch_form,
+    )
 
 
 def _limit(max_steps: int | None, decoder: Decoder, budget: list[int]) -> int:

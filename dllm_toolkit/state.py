@@ -7,25 +7,30 @@ never written, a masked position holds the mask id, and whatever lies behind a r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_toolkit.ops import lanes
+from dllm_toolkit.ops import lanes, trees
 from dllm_toolkit.types import Canvas, ModelSpec, PyTree, Result, Rows, Scores, Tokens
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The private state of each slot of a decoder; opaque to everybody else."""
+    """The private state of each slot of a decoder, and of a decoder whose step is its own; opaque to everybody else.
+
+    Tensors in it have rows first, or 1 there if they hold for every row (see ops/trees.py).
+    """
 
     schedule: PyTree = ()
     propose: PyTree = ()
     commit: PyTree = ()
     revise: PyTree = ()
     stop: PyTree = ()
+    decoder: PyTree = ()
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,32 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """What the model says of positions whose own token it cannot see (position L marks a dead lane)."""
+
+    logits: Float[Tensor, "B Q V"]
+    positions: Int[Tensor, "B Q"]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What the model said: logits of the read lanes and where they belong (position L marks a dead lane)."""
+    """What the model said: logits of the read lanes and where they belong (position L marks a dead lane); shadows if any were asked for."""
 
     logits: Float[Tensor, "B R V"]
     positions: Int[Tensor, "B R"]
+    shadow: Shadow | None = None
+
+    def pick(self, index: Int[Tensor, "N"]) -> Answer:
+        """Some rows, in the given order."""
+        return trees.pick(self, index, self.positions.shape[0])
 
 
 @dataclass(frozen=True)
 class Proposal:
     """A token and its evidence for every read position; -inf evidence where nothing was read.
 
-    `confidence` is the probability of the proposed token, `score` what positions are ranked by (often the same).
+    `confidence` is the probability of the proposed token, `score` what positions are ranked by (often the same). `shadow` is the
+    probability of the token that stands at a position now when the model cannot see it there; -inf where nobody asked.
     """
 
     tokens: Tokens
@@ -114,6 +133,7 @@ class Proposal:
     score: Scores
     logits: Float[Tensor, "B R V"]
     positions: Int[Tensor, "B R"]
+    shadow: Scores | None = None
 
     @property
     def live(self) -> Bool[Tensor, "B R"]:
@@ -174,6 +194,29 @@ class State:
 
     def with_part(self, **parts: PyTree) -> State:
         return replace(self, parts=replace(self.parts, **parts))
+
+    def pick(self, index: Int[Tensor, "N"]) -> State:
+        """Some rows, in the given order, once or several times, with everything that their parts remember."""
+        return replace(self, **trees.pick(self._by_row, index, self.tokens.shape[0]))
+
+    @property
+    def _by_row(self) -> dict[str, PyTree]:
+        """Everything that belongs to single rows."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("positions", "spec")}
+
+    def branch(self, count: int) -> State:
+        """Every row `count` times: rows b * count .. b * count + count - 1 are copies of row b."""
+        return self.pick(torch.arange(self.tokens.shape[0], device=self.tokens.device).repeat_interleave(count))
+
+    def replace_rows(self, where: Rows, other: State) -> State:
+        """Row by row the other state where True, this one elsewhere. Both come from the same decode, or have its shapes."""
+        return replace(self, **trees.choose(where, other._by_row, self._by_row))
+
+    @staticmethod
+    def interleave(states: Sequence[State]) -> State:
+        """K states of B rows as one of B * K rows: row b * K + k is row b of state k."""
+        first = states[0]
+        return replace(first, **trees.interleave([one._by_row for one in states], first.tokens.shape[0]))
 
     def write(self, where: Canvas, tokens: Tokens) -> State:
         """Decide positions, or change decided ones. Fixed positions and finished rows are left alone."""

@@ -61,12 +61,15 @@ class Need(enum.Enum):
     BIDIRECTIONAL = "a model that fills masks (attention full or block_causal)"
     BLOCK_CAUSAL = "a model whose past never sees its future (attention block_causal or causal)"
     CAUSAL = "an autoregressive model (attention causal, shift 1)"
+    UNSHIFTED = "a model whose output at a position is about that very position (shift 0)"
 
     def met_by(self, spec: ModelSpec) -> bool:
         if self is Need.BIDIRECTIONAL:
             return spec.attention != "causal"
         if self is Need.BLOCK_CAUSAL:
             return spec.attention != "full"
+        if self is Need.UNSHIFTED:
+            return spec.shift == 0
         return spec.attention == "causal" and spec.shift == 1
 
 

@@ -40,13 +40,16 @@ class Plan:
 class Cache(abc.ABC):
     """Which K/V may be reused?
 
-    `exact`: the logits equal those of NoCache on every model the cache accepts. `needs`: what it asks of the model.
+    `exact`: the logits equal those of NoCache on every model the cache accepts. `path_free`: within an epoch the keys in use follow from
+    the canvas of its first forward and the present one, whatever forwards lay between; a decoder that skips some ends with the same keys.
+    Not so for a cache that counts forwards, or remembers when a token was written. `needs`: what it asks of the model.
     `state` is always the one that the forward sees. K/V may be kept for good only where `region.closed`: anywhere else a token may still
     change, or an earlier one may that this K/V depends on.
     """
 
     cite: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
+    path_free: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def init(self, state: State) -> PyTree:

@@ -7,6 +7,8 @@ a wide refresh wanted by one row cannot refresh another row's stale keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -69,3 +71,30 @@ class KVBuffer(nn.Module):
         if self.hidden is not None:
             width = hidden.shape[-1]
             self.hidden.view(-1, width).index_copy_(0, index, hidden.reshape(-1, width))
+
+    def take(self, other: KVBuffer, slots: int) -> None:
+        """Copy the first `slots` slots of another buffer of as many rows."""
+        for mine, theirs in self._pairs(other):
+            mine[..., :slots, :].copy_(theirs[..., :slots, :])
+
+    def move(self, source: Int[Tensor, "B W"], target: Int[Tensor, "B W"]) -> None:
+        """Copy slots of each row onto other slots of it, in every layer."""
+        copies = self.rows // source.shape[0]  # guidance keeps each row twice
+        taken, given = self.flat(source.repeat(copies, 1)), self.flat(target.repeat(copies, 1))
+        for one, _ in self._pairs(self):
+            flat = one.view(self.rows * self.slots, -1)
+            flat.index_copy_(0, given, flat.index_select(0, taken))
+
+    def pick(self, index: Int[Tensor, "B"]) -> None:
+        """Row r becomes what row index[r] was, one layer after the other."""
+        copies = self.rows // index.shape[0]
+        index = torch.cat([index + copy * index.shape[0] for copy in range(copies)])
+        for one, _ in self._pairs(self):
+            one.copy_(one.index_select(0, index))
+
+    def _pairs(self, other: KVBuffer) -> Iterator[tuple[Tensor, Tensor]]:
+        """The buffers [B, S, width] of every layer, and the hidden rows, beside those of another one."""
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            yield from zip(mine.flatten(3), theirs.flatten(3), strict=True)
+        if self.hidden is not None and other.hidden is not None:
+            yield self.hidden, other.hidden

@@ -45,6 +45,7 @@ class PrefixCache(Cache):
     """
 
     cite = ("2505.22618",)
+    path_free = True
 
     def init(self, state: State) -> PyTree:
         return torch.full_like(state.begin, -1)  # epoch of the last refresh
@@ -66,6 +67,7 @@ class DualCache(Cache):
     """
 
     cite = ("2505.22618",)
+    path_free = True
 
     def init(self, state: State) -> PyTree:
         return torch.full_like(state.begin, -1)

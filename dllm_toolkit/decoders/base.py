@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.registry import declare, name_of
@@ -127,6 +127,13 @@ class Revise(Part):
         """
         return None
 
+    def shadows(self, region: Region, state: State) -> Canvas | None:
+        """Positions to be asked anew in the coming forward, the token that stands there hidden; None (the default) asks for nothing.
+
+        What the model says is `Proposal.shadow`. A rule that wants this needs `Need.UNSHIFTED`; each position costs one more lane.
+        """
+        return None
+
     @abc.abstractmethod
     def edit(self, proposal: Proposal, region: Region, before: State, after: State) -> Edit:
         """Changes to what is decided after this step's commits: `before` is what the model saw, `after` holds the commits."""
@@ -146,10 +153,25 @@ class Stop(Part):
 
 
 class Decoder(abc.ABC):
-    """One step of a decoding method: ask the model, decide, return the next state."""
+    """One step of a decoding method: ask the model, decide, return the next state.
+
+    `leaps`: one step may stand for several steps of the process that it reproduces, without their forwards. Such a decoder takes only
+    caches that do not mind (`Cache.exact` or `Cache.path_free`).
+    """
 
     cite: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
+    leaps: ClassVar[bool] = False
+
+    @property
+    def branches(self) -> int:
+        """How many canvases of a row one forward looks at (see engine.py)."""
+        return 1
+
+    @property
+    def branch_form(self) -> Literal["rows", "lanes"]:
+        """Where the keys and values of branches stand: a row of the buffer each, or scratch slots of one row."""
+        return "rows"
 
     def init(self, state: State) -> State:
         """Give the state whatever the method remembers. Called once, before the first step."""
@@ -204,11 +226,18 @@ def check(spec: ModelSpec, decoder: Decoder, cache: Cache) -> None:
                     Need.BLOCK_CAUSAL: "Write cache: none, prefix or dual, or load the model with attention: block_causal.",
                     Need.BIDIRECTIONAL: "Write decoder: autoregressive, or choose a masked diffusion model.",
                     Need.CAUSAL: "Write decoder: vanilla, semi_ar or d2f, or choose an autoregressive model.",
+                    Need.UNSHIFTED: "Choose a decoder that does not ask what stands at a decided position, or a model with shift 0.",
                 }[need]
                 raise DecodeError(
                     f"the {what} {name} does not fit the model, got attention={spec.attention} shift={spec.shift}. "
                     f"It needs {need.value}. {advice}"
                 )
+    if any(member.leaps for member in decoder.members() if isinstance(member, Decoder)) and not (cache.exact or cache.path_free):
+        raise DecodeError(
+            f"the cache {name_of(cache) or type(cache).__name__} does not fit a decoder that skips forwards, got "
+            f"{name_of(decoder) or type(decoder).__name__}. What the cache keeps depends on every forward, so the text would be another "
+            "one. Write cache: none, prefix, dual, or block_causal."
+        )
     for member in decoder.members():
         if isinstance(member, Part):
             member.check_model(spec)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dllm_toolkit.decoders.base import Commit, Decoder, Part, Propose, Revise, Schedule, Stop
 from dllm_toolkit.decoders.rules.propose import Sample
-from dllm_toolkit.decoders.rules.revise import Keep
+from dllm_toolkit.decoders.rules.revise import Keep, hidden_probability
 from dllm_toolkit.decoders.rules.stop import AtEos
 from dllm_toolkit.ops.select import ensure_count, ensure_progress
 from dllm_toolkit.registry import register
@@ -64,17 +64,24 @@ class BlockDecoder(Decoder):
         reads = self.schedule.max_reads(answer_length)
         return max(reads, answer_length) if self.wants_answer else reads
 
-    def step(self, engine: Engine, state: State) -> State:
+    def region(self, state: State) -> Region:
+        """The region that the coming step asks for: the schedule's, less what no part looks at, and what a stop rule wants besides."""
         region = self.schedule.region(state)
         if not self.looks_back:
             region = replace(region, read=region.read & state.masked, open=region.span)
         if self.wants_answer:
             region = replace(region, read=region.read | (state.masked & state.inside & region.visible))
-        answer = engine.ask(state, region)
+        return region
+
+    def step(self, engine: Engine, state: State) -> State:
+        region = self.region(state)
+        answer = engine.ask(state, region, self.revise.shadows(region, state))
         return engine.unit(self.decide)(answer, region, state)
 
     def decide(self, answer: Answer, region: Region, state: State) -> State:
         proposal = self.propose(answer, state)
+        if answer.shadow is not None:
+            proposal = replace(proposal, shadow=hidden_probability(answer.shadow, state))
         region = self.schedule.refine(region, proposal, state)
         opened = state
         reopened = self.revise.reopen(proposal, region, state)

@@ -73,9 +73,9 @@ def read_counts(path: str | Path, vocab_size: int) -> Float[Tensor, "V"]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """State of PositionAndCorpus: -ln f of every token (constant), and the state of the inner proposal."""
+    """State of PositionAndCorpus: -ln f of every token (the same for every row), and the state of the inner proposal."""
 
-    surprise: Float[Tensor, "V"]
+    surprise: Float[Tensor, "_ V"]  # one row for all
     inner: PyTree
 
 
@@ -111,13 +111,13 @@ class PositionAndCorpus(Propose):
         size = state.spec.vocab_size
         counts = torch.ones(size) if self.counts is None else read_counts(self.counts, size)
         surprise = (counts.sum().log() - counts.clamp(min=1).log()).clamp(min=0)
-        return Calibration(surprise.to(state.tokens.device), self.inner.init(state))
+        return Calibration(surprise.to(state.tokens.device).unsqueeze(0), self.inner.init(state))
 
     def __call__(self, answer: Answer, state: State) -> Proposal:
         own: Calibration = state.parts.propose
         proposal = self.inner(answer, state.with_part(propose=own.inner))
         offset = (state.positions - state.begin.unsqueeze(1)).to(proposal.confidence.dtype)
-        said = (proposal.confidence.clamp(min=0) * own.surprise[proposal.tokens]).clamp(max=self.cap)
+        said = (proposal.confidence.clamp(min=0) * own.surprise[0, proposal.tokens]).clamp(max=self.cap)
         read = proposal.confidence > float("-inf")
         return replace(proposal, score=torch.where(read, said.log() - self.decay * offset, float("-inf")))
 

@@ -1,9 +1,14 @@
 """Between canvas and lanes: packing the positions that are wanted now into a narrow batch, and spreading results back.
 
     canvas   . x . x x .      pack, W = 4      lanes  1 3 4 L      (L: dead lane, maps to the trash slot)
+
+Several canvases of a row (hypotheses that share its slots), and shadows of their positions, are sheets: one behind the other they are
+packed like one long canvas.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -33,3 +38,38 @@ def to_lanes(canvas: Shaped[Tensor, "B L"], positions: Int[Tensor, "B R"], fill:
     length = canvas.shape[1]
     values = canvas.gather(1, positions.clamp(max=length - 1))
     return values.masked_fill(positions >= length, fill)
+
+
+@dataclass(frozen=True)
+class SheetLanes:
+    """Lanes of several canvases of a row, all [B, W].
+
+    sheet: which canvas (0 where dead); positions: L where dead; shadow: does the lane ask for its position anew; scratch: its place among
+    the scratch slots, or their number where it has none; index: its place on all sheets, their whole length where dead.
+    """
+
+    sheet: Int[Tensor, "B W"]
+    positions: Int[Tensor, "B W"]
+    shadow: Bool[Tensor, "B W"]
+    scratch: Int[Tensor, "B W"]
+    index: Int[Tensor, "B W"]
+
+
+def pack_sheets(
+    wanted: Bool[Tensor, "B C L"], shadows: Bool[Tensor, "B C L"] | None, in_place: Bool[Tensor, "B"], width: int, scratch: int
+) -> SheetLanes:
+    """Lanes for the wanted positions of C canvases, then for their shadows.
+
+    in_place: rows whose canvas lanes write into their own slots, because only one canvas is in use; shadows always need scratch slots.
+    """
+    _, sheets, length = wanted.shape
+    flat = wanted.flatten(1)
+    if shadows is not None:
+        flat = torch.cat((flat, shadows.flatten(1)), dim=1)
+    index = pack(flat, width)
+    dead = index == flat.shape[1]
+    shadow = (index >= sheets * length) & ~dead
+    sheet = index.div(length, rounding_mode="floor").masked_fill(dead, 0) % sheets
+    apart = ~dead & (shadow | ~in_place.unsqueeze(1))
+    place = torch.where(apart, apart.cumsum(1) - 1, scratch)
+    return SheetLanes(sheet, torch.where(dead, length, index % length), shadow, place, index)

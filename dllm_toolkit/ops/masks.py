@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm_toolkit.ops.lanes import SheetLanes
 from dllm_toolkit.types import Attention
 
 Lengths = int | tuple[int, ...]
@@ -68,3 +69,54 @@ def lanes_allow(
     if attention == "causal":
         return keys & (torch.arange(length, device=block.device) <= where.unsqueeze(2))
     return keys & (block.unsqueeze(1) <= block.gather(1, where).unsqueeze(2))
+
+
+def sheets_allow(
+    attention: Attention,
+    visible: Bool[Tensor, "B C L"],
+    moved: Bool[Tensor, "B C L"],
+    block: Int[Tensor, "B C L"],
+    lane: SheetLanes,
+    scratch: int,
+) -> Bool[Tensor, "B W K"]:
+    """What each lane may see when C canvases of a row share its slots, and when shadows ask for tokens anew.
+
+    A canvas is a hypothesis: it sees the slots of the row (what earlier forwards left there) except where it has lanes of its own, whose
+    keys stand in scratch slots, and of those only its own. A shadow lane holds the mask token at a position and asks what would stand
+    there: it sees its canvas without that position, and the shadows of its canvas (arXiv 2507.18578); canvas lanes see no shadow.
+
+        two canvases a, b of 4 positions, 2 and 3 computed        one canvas, computed in place, shadows of 2 and 3
+
+                     slots      scratch                                        slots      scratch
+        lanes        0 1 2 3    a2 a3 b2 b3                        lanes        0 1 2 3    s2 s3
+        a2, a3       x x . .    x  x  .  .                         0, 1, 2, 3   x x x x    .  .
+        b2, b3       x x . .    .  .  x  x                         s2           x x . x    x  x
+                                                                   s3           x x x .    x  x
+
+    visible: what each canvas may see. moved: positions whose keys for that canvas stand in scratch slots. scratch: number of those slots.
+    The model's own rule comes on top. Dead lanes see something too; the caller decides what.
+    """
+    rows, _, length = visible.shape
+    sheet = lane.sheet.unsqueeze(2)  # [B, W, 1]
+    where = lane.positions.clamp(max=length - 1)  # [B, W]
+    keys = (visible & ~moved).gather(1, sheet.expand(-1, -1, length))  # [B, W, L]
+    place = torch.arange(length, device=visible.device)
+    keys = keys & ~(lane.shadow.unsqueeze(2) & (place == where.unsqueeze(2)))
+
+    def of_slot(values: Tensor, nothing: int) -> Tensor:
+        """A lane's value at its scratch slot [B, 1, scratch]; lanes elsewhere fall into one slot more, which is cut off."""
+        caught = torch.full((rows, scratch + 1), nothing, dtype=values.dtype, device=values.device)
+        return caught.scatter(1, lane.scratch, values)[:, :scratch].unsqueeze(1)
+
+    other, other_shadow, other_where = of_slot(lane.sheet, -1), of_slot(lane.shadow, 0), of_slot(where, 0)
+    beside = (other == sheet) & (lane.shadow.unsqueeze(2) | ~other_shadow)
+    itself = lane.shadow.unsqueeze(2) & ~other_shadow & (other_where == where.unsqueeze(2))
+    beside = beside & ~itself  # [B, W, scratch]
+    if attention == "causal":
+        keys = keys & (place <= where.unsqueeze(2))
+        beside = beside & (other_where <= where.unsqueeze(2))
+    elif attention == "block_causal":
+        mine = block.flatten(1).gather(1, lane.sheet * length + where)  # [B, W]
+        keys = keys & (block.gather(1, sheet.expand(-1, -1, length)) <= mine.unsqueeze(2))
+        beside = beside & (of_slot(mine, 0) <= mine.unsqueeze(2))
+    return torch.cat((keys, beside), dim=2)

@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_cache, cases_commit, cases_features, cases_revise, cases_schedules, cases_stops
+from dllm_toolkit.testing import cases_cache, cases_commit, cases_drafts, cases_features, cases_revise, cases_schedules, cases_stops
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -257,6 +257,7 @@ DECODERS = (
     *cases_stops.DECODERS,
     *cases_schedules.DECODERS,
     *cases_features.DECODERS,
+    *cases_drafts.DECODERS,
 )
 
 SCHEDULES = (
@@ -373,9 +374,10 @@ COMMITS = (
     *cases_stops.COMMITS,
     *cases_schedules.COMMITS,
     *cases_features.COMMITS,
+    *cases_drafts.COMMITS,
 )
 
-REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS)
+REVISIONS = (Case("keep", "revise", Keep), *cases_revise.REVISIONS, *cases_drafts.REVISIONS)
 STOPS = (
     Case(
         "at_eos",

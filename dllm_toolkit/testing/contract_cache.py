@@ -150,9 +150,10 @@ def c4_poison(bench: Bench) -> None:
     reused = record(bench.model, bench.decoder, bench.cache, bench.batch, tamper=_poison_reused)
     for row in range(len(bench.batch)):
         for number, (a, b) in enumerate(zip(clean.asks_of(row), reused.asks_of(row), strict=False)):
-            visible = a.plan.visible[row] & ~a.computed[row]
-            if bool(visible.any()) and bool(a.read[row].any()):
-                if float(gaps(a.logits[row], b.logits[row]).max()) <= TOLERANCE:
+            at = a.first(row, len(bench.batch))
+            visible = a.plan.visible[at] & ~a.computed[at]
+            if bool(visible.any()) and bool(a.read[at].any()):
+                if float(gaps(a.logits[at], b.logits[at]).max()) <= TOLERANCE:
                     raise Violation(f"row {row}, forward {number}: keys that should be reused are poisoned, and nothing happened.")
                 break
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.ops import lanes
-from dllm_toolkit.state import Answer
+from dllm_toolkit.state import Answer, Shadow
 from dllm_toolkit.testing.contract_decoder import Bench, Violation, fail_where
 from dllm_toolkit.testing.record import Ask
+from dllm_toolkit.types import Canvas
 
 COMPARED = ("tokens", "masked", "born", "begin", "end", "step", "settled", "done", "result", "forced", "edits")
 
@@ -34,9 +35,16 @@ class GraphCounter:
 
 def static_answer(ask: Ask, width: int) -> Answer:
     """The answer as a compiling engine gives it: as many read lanes in every step."""
-    positions = lanes.pack(ask.read, width)
-    where = positions.clamp(max=ask.read.shape[1] - 1).unsqueeze(-1).expand(-1, -1, ask.logits.shape[-1])
-    return Answer(ask.logits.gather(1, where), positions)
+    logits, positions = _widened(ask.logits, ask.read, width)
+    if ask.shadow is None or ask.shaded is None:
+        return Answer(logits, positions)
+    return Answer(logits, positions, Shadow(*_widened(ask.shadow, ask.shaded, width)))
+
+
+def _widened(logits: Tensor, read: Canvas, width: int) -> tuple[Tensor, Tensor]:
+    positions = lanes.pack(read, width)
+    where = positions.clamp(max=read.shape[1] - 1).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+    return logits.gather(1, where), positions
 
 
 def d11_one_graph(bench: Bench) -> None:

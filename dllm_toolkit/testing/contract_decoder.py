@@ -22,16 +22,15 @@ import torch
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
-from dllm_toolkit.decode import decode
+from dllm_toolkit.decode import decode, engine_of
 from dllm_toolkit.decoders.base import Decoder, Part, extra_steps
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
-from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.state import State
 from dllm_toolkit.testing.models import Counting
-from dllm_toolkit.testing.record import Batch, Moment, Recording, difference, infill, record, unequal
+from dllm_toolkit.testing.record import Batch, Moment, Recording, difference, fold, infill, record, unequal
 from dllm_toolkit.types import Canvas, Result
 
 
@@ -178,14 +177,16 @@ def d4_progress(bench: Bench) -> None:
     for number, moment in enumerate(bench.recording.moments):
         if not moment.asks:
             raise Violation(f"step {number}: the decoder did not ask the model. A step is at least one engine.ask.")
-        before, after, region = moment.before, moment.after, moment.asks[-1].region
+        before, after, ask = moment.before, moment.after, moment.asks[-1]
+        count = before.tokens.shape[0]
+        region = replace(ask.region, **{name: ask.of_first(getattr(ask.region, name), count) for name in ("force", "eligible", "group")})
         open_now = region.force & region.eligible & _alive(before)
         if bench.monotone:
             landed = before.masked & ~after.masked
             rows, length = landed.shape
             moved = torch.zeros(rows, length + 1).scatter_add(1, region.group, landed.float()).gather(1, region.group) > 0
             fail_where(open_now & ~moved, number, "a group that must progress committed nothing.")
-        if bench.decoder.revise.net_progress:
+        elif bench.decoder.revise.net_progress:
             fewer = after.masked.sum(1) < before.masked.sum(1)
             what = "a row that must progress holds as many masks as before, though the revise rule promises net progress."
             fail_where(open_now & ~fewer.unsqueeze(1), number, what)
@@ -236,8 +237,9 @@ def _decided_kept(recording: Recording, monotone: bool) -> None:
             fail_where(changed, number, "a decided token was changed, though the revise rule says it is monotone.")
         may = torch.zeros_like(changed)
         for ask in moment.asks:
-            may = may | (ask.region.read & ~ask.region.closed)
-            closed = closed | (ask.region.closed & _alive(ask.state))
+            # A branch reads on behalf of its row; what any of them calls closed is closed for good only if that branch went on.
+            may = may | fold(ask.region.read & ~ask.region.closed & _alive(ask.state), may.shape[0])
+            closed = closed | ask.of_first(ask.region.closed & _alive(ask.state), may.shape[0])
         fail_where(changed & ~may, number, "a decided token was changed where the region does not read, or has closed.")
         written = (before.tokens != after.tokens) & ~_behind(after)
         fail_where(written & closed, number, "the schedule had closed this position, and it was written again.")
@@ -250,8 +252,8 @@ def d7_decided(bench: Bench) -> None:
 
 def d8_account(bench: Bench) -> None:
     """Reported forwards, lanes, steps and commits are the true ones; `decode` and `trace` agree."""
-    counting = Counting(bench.model)
     batch = bench.batch
+    counting = Counting(bench.model, len(batch))
     output = decode(counting, bench.decoder, batch.prompts, templates=batch.templates, cache=bench.cache, seed=batch.seeds, throw=False)
     last, stats = bench.recording.last, output.stats
     if not torch.equal(output.canvas, last.tokens):
@@ -262,7 +264,7 @@ def d8_account(bench: Bench) -> None:
     for what, reported, true in (
         ("nfe", stats.nfe, torch.as_tensor(counting.nfe).tolist()),
         ("lanes", stats.lanes, torch.as_tensor(counting.lanes).tolist()),
-        ("steps", stats.steps, lived),
+        ("steps", stats.steps, last.step.tolist() if bench.decoder.leaps else lived),
         ("commits + pinned", [a + b for a, b in zip(stats.commits, pinned, strict=True)], text),
     ):
         if reported != true:
@@ -271,27 +273,31 @@ def d8_account(bench: Bench) -> None:
 
 def _chain(recording: Recording) -> None:
     shift = recording.first.spec.shift
+    rows = recording.first.tokens.shape[0]
     ever = torch.zeros_like(recording.first.masked)
     for number, moment in enumerate(recording.moments):
         eligible = torch.zeros_like(ever)
         for ask in moment.asks:
             alive, region, computed = _alive(ask.state), ask.region, ask.computed
-            ever = ever | computed
-            fail_where(alive & region.eligible & ~moment.before.masked, number, "eligible but not masked.")
+            branches = ask.state.tokens.shape[0] // rows
+            behind = ever.repeat_interleave(branches, 0) | computed
+            ever = ever | fold(computed, rows)
+            fail_where(alive & region.eligible & ~ask.state.masked, number, "eligible but not masked.")
             fail_where(alive & region.eligible & ~region.read, number, "eligible but not read, so it has no proposal.")
             fail_where(alive & region.read & ~ask.read, number, "to be read, but no logits came back.")
             fail_where(computed & ~alive, number, "a finished row was sent through the model.")
             sources = alive & region.read
             if shift:
                 sources = torch.cat((sources[:, 1:], torch.zeros_like(sources[:, :1])), dim=1)
-                fail_where(sources & ~ever, number, "the source of a read position was never computed.")
+                fail_where(sources & ~behind, number, "the source of a read position was never computed.")
             else:
                 fail_where(sources & ~computed, number, "read but not computed in this forward. Cache.plan must contain region.read.")
             fail_where(alive & ask.plan.compute & ~ask.plan.visible, number, "the cache computes what it says is not visible.")
             fail_where(alive & ask.plan.visible & ~region.visible, number, "the cache shows what the schedule hides.")
             # A row that a stop rule finishes by committing the rest writes what was read, wherever the schedule is.
-            early = ~ask.state.done & ((moment.after.result == Result.EARLY_COMMIT) | (moment.after.result == Result.MAX_STEPS))
-            eligible = eligible | region.eligible | (region.read & moment.before.masked & early.unsqueeze(1))
+            early = (moment.after.result == Result.EARLY_COMMIT) | (moment.after.result == Result.MAX_STEPS)
+            eligible = eligible | fold(region.eligible & alive, rows)
+            eligible = eligible | (fold(region.read & ask.state.masked & alive, rows) & early.unsqueeze(1))
         chosen = moment.before.masked & ~moment.after.masked & ~_behind(moment.after)
         fail_where(chosen & ~eligible, number, "committed though the region says it is not eligible.")
 
@@ -332,7 +338,7 @@ def d13_resume(bench: Bench) -> None:
     plain = bench.recording
     moment: Moment = plain.moments[len(plain.moments) // 2]
     state = copy.deepcopy(moment.before)
-    engine = Engine(bench.model, NoCache(), state)
+    engine = engine_of(bench.model, bench.decoder, NoCache(), state, state.tokens.shape[1])
     with torch.inference_mode():
         for _ in plain.moments:
             after = bench.decoder.step(engine, state)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache as remember
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,9 @@ from dllm_toolkit.decoders.dparallel import dparallel
 from dllm_toolkit.decoders.dream import SCORES, Timetable, dream
 from dllm_toolkit.decoders.eoser import eoser
 from dllm_toolkit.decoders.fast_dllm import FirstOfBlock, fast_dllm
-from dllm_toolkit.decoders.rules.commit import Quota
+from dllm_toolkit.decoders.freedave import SelfDraft
+from dllm_toolkit.decoders.pc_sampler import PositionAndCorpus
+from dllm_toolkit.decoders.rules.commit import Gate, Quota
 from dllm_toolkit.decoders.rules.propose import Sample, Score
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
@@ -368,6 +370,29 @@ def _window_dream(case: Case, base: Transformer) -> Plan:
     return Plan(base, decoder, DualCache(), arguments["max_new_tokens"])
 
 
+def _freedave(case: Case, base: Transformer) -> Plan:
+    arguments = case["args"]
+    if arguments.get("eager_acceptance_mode"):
+        raise Declined("once a block is full its eager mode commits drafts that were made from an earlier canvas and that nothing verifies")
+    threshold, first_of_block = arguments["confidence_threshold"], bool(base.spec.shift)
+    commit: Commit = Quota() if threshold is None else Gate(threshold)
+    propose: Propose = Sample(evidence="filtered", **_filters(case))
+    if arguments["alg_temp"] == -1:  # from left to right
+        propose = PositionAndCorpus(decay=1e6, inner=propose)
+    static = BlockDecoder(
+        SemiAutoregressive(arguments["block_length"]),
+        FirstOfBlock(commit) if first_of_block else commit,
+        propose,
+        stop=AtEos() if arguments["early_exit"] else WhenFull(),
+    )
+    cache = DualCache() if arguments["dual_cache"] else PrefixCache()
+    if "draft_steps" not in arguments:
+        return Plan(base, static, cache, arguments["max_gen_length"])
+    form: Literal["tree", "batch"] = "tree" if arguments["draft_mode"] == "tree_attention" else "batch"
+    drafting = SelfDraft(static, arguments["draft_steps"], form, match="subset", official_loop=True)
+    return Plan(base, drafting, cache, arguments["max_gen_length"])
+
+
 @dataclass(frozen=True)
 class Source:
     """Where official code comes from: how the repository starts, how the file ends, and what it is here (None: not built yet)."""
@@ -395,7 +420,7 @@ SOURCES = (
     Source("zhijie-group/Discrete-Diffusion-Forcing", ".py", _d2f),
     Source("hao-ai-lab/d3LLM", ".py", _d3llm),
     Source("yjyddq/EOSER-ASS-RL", ".py", _eoser),
-    Source("cychomatica/FreeDave", ".py", None),
+    Source("cychomatica/FreeDave", ".py", _freedave),
     Source("vhicrgit/Window-Diffusion", "llada/model/modeling_llada.py", _window_llada),
     Source("vhicrgit/Window-Diffusion", "dream/model/generation_utils.py", _window_dream),
 )
@@ -408,7 +433,8 @@ def plan(case: Case, directory: Path) -> Plan:
         raise NotBuilt(f"no decoder here for {case['source']['repo']}, {case['source']['file']}")
     arguments = case["args"]
     random = ("remasking", "selection_method")
-    if arguments.get("temperature") or arguments.get("alg_temp") or any(arguments.get(name) == "random" for name in random):
+    drawn = arguments.get("temperature") or (arguments.get("alg_temp") or 0) > 0  # FreeDave writes -1 for left to right
+    if drawn or any(arguments.get(name) == "random" for name in random):
         raise Declined("drawn with the official code's own random numbers")
     attention = "block_causal" if source.plan is _d2f else None
     base = checkpoint(directory, case["checkpoint"], case.get("adapter"), attention)

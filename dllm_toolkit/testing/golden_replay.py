@@ -46,12 +46,13 @@ def replay(case: Case, planned: Plan, company: Sequence[tuple[list[int], int]] =
 def _written(steps: list[Step], numbers: list[int], size: int) -> list[Replay]:
     commits, at_commit = torch.full_like(steps[0].before.tokens, -1), torch.full_like(steps[0].before.tokens, -1)
     lengths: list[list[int]] = [[] for _ in numbers]
-    for step in steps:
+    for number, step in enumerate(steps):
         before, after = step.before, step.after
         decided = before.masked & ~after.masked
-        commits = torch.where(decided, before.step.unsqueeze(1), commits)
+        commits = commits.masked_fill(decided, number)  # rows begin together, so a row's forwards are the first ones
         at_commit = torch.where(decided, after.tokens, at_commit)
-        computed = step.asked.plan.compute.sum(1).tolist()
+        compute = step.asked.plan.compute  # a row for every branch
+        computed = compute.view(before.tokens.shape[0], -1).sum(1).tolist()
         for place, row in enumerate(numbers):
             if not bool(before.done[row]):
                 lengths[place].append(computed[row])
@@ -78,7 +79,11 @@ def compare(case: Case, replays: Sequence[Replay], planned: Plan) -> dict[str, s
         # The official batch waits at the end of a block for its slowest row; ours lets each row go on. Count from block starts.
         lengths, mine = _waiting(ours, planned.waits)
         commits = _from_block_start(commits, planned.waits)
-    expected = [[length - pad for length in case["query_lens"]] for pad in padding(case)]
+    drafts = case.get("query_batch") if planned.decoder.branches > 1 else None  # drafts that are rows of the official batch
+    expected = [
+        [length * times - pad for length, times in zip(case["query_lens"], drafts or [1] * case["nfe"], strict=True)]
+        for pad in padding(case)
+    ]
     wrong: dict[str, str] = {}
     for what, left, right in (
         ("ids", [one.ids for one in ours], ids),

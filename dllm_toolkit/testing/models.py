@@ -94,10 +94,14 @@ class _Toy:
         return KVBuffer(rows, slots, layers=1, kv_heads=1, head_dim=2, hidden_width=None, dtype=torch.float64, device="cpu")
 
     def _predicted(self, query: Query, kv: KVBuffer | None) -> Int[Tensor, "B R"]:
-        """The canvas position whose token each read lane predicts; the length of the canvas for dead lanes."""
-        length = query.tokens.shape[1] if kv is None else kv.slots - 1
-        read = query.positions if query.read is None else query.read
-        return torch.where(read < length, read + self.spec.shift, length)
+        """The canvas position whose token each read lane predicts; the length of the canvas, or more, for dead lanes."""
+        if kv is None or query.slots is None:
+            return (query.positions if query.read is None else query.read) + self.spec.shift
+        # A read slot stands for the position that was written into it; that of a canvas position, for the position itself.
+        slots = torch.arange(kv.slots).expand(query.slots.shape[0], -1).scatter(1, query.slots, query.positions)
+        slots = torch.cat((slots[:, :-1], torch.full_like(slots[:, :1], kv.slots)), dim=1)
+        read = slots if query.read is None else slots.gather(1, query.read)
+        return torch.where(read < kv.slots, read + self.spec.shift, read)
 
 
 class Oracle(_Toy):
@@ -146,11 +150,12 @@ class Scripted(_Toy):
 class Counting:
     """A model that counts what reaches it, independently of the engine's own account.
 
-    nfe, lanes [B]: forwards with at least one lane of the row, and its lanes; forwards: calls.
+    nfe, lanes [B]: forwards with at least one lane of the row, and its lanes; forwards: calls. rows: of the decode, where branches have
+    rows of their own in the buffer.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, rows: int | None = None) -> None:
+        self.model, self.rows = model, rows
         self.spec = model.spec
         self.device = getattr(model, "device", torch.device("cpu"))
         self.forwards = 0
@@ -166,6 +171,8 @@ class Counting:
             used = torch.full((query.tokens.shape[0],), query.tokens.shape[1])
         else:
             used = (query.slots < kv.slots - 1).sum(1)
+        if self.rows is not None:
+            used = used.view(self.rows, -1).sum(1)
         self.nfe = self.nfe + (used > 0).long()
         self.lanes = self.lanes + used
         return self.model(query, kv)

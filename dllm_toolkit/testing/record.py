@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.decode import Template, trace
 from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.engine import Asked
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.state import Region, State
 from dllm_toolkit.types import Canvas, ModelSpec, Need, PyTree
@@ -69,22 +70,29 @@ def infill(seed: int = 0) -> Batch:
 
 @dataclass(frozen=True)
 class Ask:
-    """One forward: the state it saw, the region, the cache's plan (as the cache gave it), the query, logits on the canvas."""
+    """One forward: state, region, the cache's plan (as the cache gave it), the query, what was computed, logits on the canvas.
+
+    With branches everything but the query has a row for each: row b * K + k is branch k of row b. shadow: logits of the positions that were
+    asked anew, where `shaded`; None if the decoder asks for none.
+    """
 
     state: State
     region: Region
     plan: Plan
     query: Query
+    computed: Canvas
     read: Canvas
     logits: Float[Tensor, "B L V"]
+    shaded: Canvas | None = None
+    shadow: Float[Tensor, "B L V"] | None = None
 
-    @property
-    def computed(self) -> Canvas:
-        """Positions that went through the model."""
-        assert self.query.slots is not None
-        rows, length = self.state.tokens.shape
-        landed = torch.zeros(rows, length + 1, dtype=torch.bool)
-        return landed.scatter(1, self.query.slots, True)[:, :length]
+    def first(self, row: int, rows: int) -> int:
+        """The first branch of a row in a batch of `rows`; it is in use as long as the row goes on."""
+        return row * (self.state.tokens.shape[0] // rows)
+
+    def of_first(self, canvas: Tensor, rows: int) -> Tensor:
+        """A canvas with a row for each branch, at the first branch of every row: the canvas that the step began with."""
+        return canvas.view(rows, -1, canvas.shape[1])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class Recording:
 
     moments: tuple[Moment, ...]
     first: State
+    slots: int = 0  # of all rows of the K/V buffer together
 
     @property
     def last(self) -> State:
@@ -114,7 +123,8 @@ class Recording:
 
     def asks_of(self, row: int) -> list[Ask]:
         """The forwards in which a row took part."""
-        return [ask for ask in self.asks if not bool(ask.state.done[row])]
+        rows = self.first.tokens.shape[0]
+        return [ask for ask in self.asks if not bool(ask.state.done[ask.first(row, rows)])]
 
     def text(self, row: int) -> list[int]:
         """The answer of a row up to its end."""
@@ -122,7 +132,7 @@ class Recording:
         return state.tokens[row, int(state.begin[row]) : int(state.end[row])].tolist()
 
     def fingerprint(self) -> list[Any]:
-        """What must be equal for two decodes to be the same decode: tokens, when they were born, steps, forwards, lanes."""
+        """What must be equal for two decodes to be the same decode: tokens, when they were born, steps, forwards, lanes, slots."""
         state = self.last
         rows, length = state.tokens.shape
         answer = [slice(int(state.begin[row]), length) for row in range(rows)]
@@ -131,8 +141,15 @@ class Recording:
             [state.born[row, answer[row]].tolist() for row in range(rows)],
             state.step.tolist(),
             [len(self.asks_of(row)) for row in range(rows)],
-            [int(sum(ask.computed[row].sum() for ask in self.asks)) for row in range(rows)],
+            [int(sum(fold(ask.computed, rows, "sum")[row].sum() for ask in self.asks)) for row in range(rows)],
+            self.slots,
         ]
+
+
+def fold(canvas: Canvas, rows: int, how: Literal["any", "sum"] = "any") -> Tensor:
+    """A mask with a row for each branch as one with a row for each of `rows` rows: in any branch, or in how many."""
+    by_row = canvas.view(rows, -1, canvas.shape[1])
+    return by_row.any(1) if how == "any" else by_row.sum(1)
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,10 @@ class _ListeningCache(Cache):
     def exact(self) -> bool:  # type: ignore[override]
         return self.inner.exact
 
+    @property
+    def path_free(self) -> bool:  # type: ignore[override]
+        return self.inner.path_free
+
     def init(self, state: State) -> PyTree:
         return self.inner.init(state)
 
@@ -174,15 +195,17 @@ Tamper = Callable[[Query, KVBuffer], Callable[[], None]]
 
 
 class _ListeningModel:
-    """Any model, with its answers written down; `tamper` may get at the buffer around each forward."""
+    """Any model, with its queries written down; `tamper` may get at the buffer around each forward. slots: of the largest buffer."""
 
-    def __init__(self, model: Model, cache: _ListeningCache, tamper: Tamper | None) -> None:
-        self.model, self.cache, self.tamper = model, cache, tamper
+    def __init__(self, model: Model, tamper: Tamper | None) -> None:
+        self.model, self.tamper = model, tamper
         self.spec: ModelSpec = model.spec
         self.device = getattr(model, "device", torch.device("cpu"))
-        self.asks: list[Ask] = []
+        self.query: Query | None = None
+        self.slots = 0
 
     def buffer(self, rows: int, slots: int) -> KVBuffer:
+        self.slots = max(self.slots, rows * slots)
         return self.model.buffer(rows, slots)
 
     def __call__(self, query: Query, kv: KVBuffer | None = None) -> Tensor:
@@ -191,15 +214,26 @@ class _ListeningModel:
         logits = self.model(query, kv)
         if undo is not None:
             undo()
-        planned = self.cache.heard[-1]
-        length = kv.slots - 1
-        where = torch.where(query.read < length, query.read + self.spec.shift, length)
-        rows = logits.shape[0]
-        read = torch.zeros(rows, length + 1, dtype=torch.bool).scatter(1, where, True)[:, :length]
-        canvas = torch.zeros(rows, length + 1, logits.shape[-1], dtype=logits.dtype)
-        canvas = canvas.scatter(1, where.unsqueeze(-1).expand_as(logits), logits)[:, :length]
-        self.asks.append(Ask(planned.state, planned.region, planned.plan, query, read, canvas))
+        self.query = query
         return logits
+
+
+def _on_canvas(logits: Tensor, positions: Tensor, length: int) -> tuple[Canvas, Tensor]:
+    """Logits of lanes as logits of positions, and which positions have some."""
+    rows = positions.shape[0]
+    found = torch.zeros(rows, length + 1, dtype=torch.bool).scatter(1, positions, True)[:, :length]
+    canvas = torch.zeros(rows, length + 1, logits.shape[-1], dtype=logits.dtype)
+    return found, canvas.scatter(1, positions.unsqueeze(-1).expand_as(logits), logits)[:, :length]
+
+
+def _computed(asked: Asked, query: Query) -> Canvas:
+    """Positions that went through the model: as the lanes say, or where branches share slots, as the engine says."""
+    rows, length = asked.state.tokens.shape
+    assert query.slots is not None
+    if query.slots.shape[0] != rows:
+        return asked.plan.compute
+    landed = torch.zeros(rows, int(query.slots.amax()) + length + 1, dtype=torch.bool)
+    return landed.scatter(1, query.slots, True)[:, :length]
 
 
 def record(
@@ -213,10 +247,19 @@ def record(
 ) -> Recording:
     """Decode `batch` and keep everything. Ends without an error when the step limit is reached; look at `last.done`."""
     listening = _ListeningCache(cache)
-    model_heard = _ListeningModel(model, listening, tamper)
+    model_heard = _ListeningModel(model, tamper)
     moments: list[Moment] = []
+    asks: list[Ask] = []
     first: State | None = None
-    taken = 0
+
+    def hear(asked: Asked) -> None:
+        planned, query, answer = listening.heard[-1], model_heard.query, asked.answer
+        assert query is not None and planned.state is asked.state
+        length = asked.state.tokens.shape[1]
+        read, logits = _on_canvas(answer.logits, answer.positions, length)
+        shadow = (None, None) if answer.shadow is None else _on_canvas(answer.shadow.logits, answer.shadow.positions, length)
+        asks.append(Ask(asked.state, asked.region, planned.plan, query, _computed(asked, query), read, logits, *shadow))
+
     steps = trace(
         model_heard,
         decoder,
@@ -225,14 +268,14 @@ def record(
         cache=listening,
         seed=batch.seeds,
         max_steps=max_steps,
+        listen=hear,
     )
     for step in steps:
         first = first or step.before
-        asks = tuple(model_heard.asks[taken:])
-        taken = len(model_heard.asks)
-        moments.append(Moment(step.before, step.after, asks, keep(step.after)))
+        moments.append(Moment(step.before, step.after, tuple(asks), keep(step.after)))
+        asks.clear()
     assert first is not None
-    return Recording(tuple(moments), first)
+    return Recording(tuple(moments), first, model_heard.slots)
 
 
 def keep(state: State) -> State:
@@ -243,10 +286,14 @@ def keep(state: State) -> State:
 def difference(one: Recording, row: int, other: Recording, other_row: int, tolerance: float = 1e-10) -> str | None:
     """How the forwards of a row differ between two decodes, in words; None if they agree in number, places and logits."""
     mine, theirs = one.asks_of(row), other.asks_of(other_row)
+    rows, other_rows = one.first.tokens.shape[0], other.first.tokens.shape[0]
     for number, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-        found = _difference(a, row, b, other_row, tolerance)
-        if found is not None:
-            return f"row {row}, forward {number}: {found}"
+        at, other_at = a.first(row, rows), b.first(other_row, other_rows)
+        branches = min(a.state.tokens.shape[0] // rows, b.state.tokens.shape[0] // other_rows)
+        for branch in range(branches):
+            found = _difference(a, at + branch, b, other_at + branch, tolerance)
+            if found is not None:
+                return f"row {row}, forward {number}{f', branch {branch}' if branches > 1 else ''}: {found}"
     if len(mine) != len(theirs):
         return f"row {row}: {len(mine)} forwards instead of {len(theirs)}"
     return None
@@ -263,8 +310,12 @@ def _difference(a: Ask, row: int, b: Ask, other_row: int, tolerance: float) -> s
     mine, theirs = a.read[row].nonzero().flatten().tolist(), b.read[other_row].nonzero().flatten().tolist()
     if mine != theirs:
         return f"read positions {mine} instead of {theirs}"
-    gap = gaps(a.logits[row, :length], b.logits[other_row, :length])
-    if float(gap.max()) > tolerance:
-        place = int(gap.argmax())
-        return f"logits at position {place} differ by {float(gap[place]):.3g}"
+    pairs = [("logits", a.logits, b.logits)]
+    if a.shadow is not None and b.shadow is not None:
+        pairs.append(("shadow logits", a.shadow, b.shadow))
+    for what, left, right in pairs:
+        gap = gaps(left[row, :length], right[other_row, :length])
+        if float(gap.max()) > tolerance:
+            place = int(gap.argmax())
+            return f"{what} at position {place} differ by {float(gap[place]):.3g}"
     return None

@@ -42,7 +42,15 @@ def test_decide_is_one_graph(case: cases.Case) -> None:
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [("vanilla in blocks", DualCache()), ("fast_dllm", DualCache()), ("d2f", BlockCausalCache()), ("autoregressive", BlockCausalCache())],
+    [
+        ("vanilla in blocks", DualCache()),
+        ("fast_dllm", DualCache()),
+        ("d2f", BlockCausalCache()),
+        ("autoregressive", BlockCausalCache()),
+        ("freedave", DualCache()),
+        ("self_draft", BlockCausalCache()),
+        ("wino", DualCache()),
+    ],
 )
 def test_decode_compiled_is_decode(name: str, cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's own compiled path: same tokens and account, one graph for `decide`, one for each lane width."""

@@ -5,22 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from dllm_toolkit.decoders.base import Revise
 from dllm_toolkit.ops import lanes, score
 from dllm_toolkit.registry import register
-from dllm_toolkit.state import Edit, Proposal, Region, State
+from dllm_toolkit.state import Edit, Proposal, Region, Shadow, State
 from dllm_toolkit.types import Canvas, Rows, Scores, Tokens
 
 
 def standing(proposal: Proposal, tokens: Tokens, state: State) -> Scores:
     """Probability [B, L] that the model gives now to these tokens, the mask id left out as in a proposal; -inf where nothing was read."""
-    logits = proposal.logits
-    if state.spec.mask_id < state.spec.vocab_size:
+    return _given(proposal.logits, proposal.positions, tokens, state)
+
+
+def hidden_probability(shadow: Shadow, state: State) -> Scores:
+    """Probability [B, L] of the token that stands at a position when the model cannot see it; -inf at masks and where nobody asked."""
+    return _given(shadow.logits, shadow.positions, state.tokens, state).masked_fill(state.masked, float("-inf"))
+
+
+def _given(logits: Float[Tensor, "B R V"], positions: Int[Tensor, "B R"], tokens: Tokens, state: State) -> Scores:
+    """Probability of each canvas position's token at the lanes that were read; -inf elsewhere."""
+    if state.spec.mask_id < state.spec.vocab_size:  # never proposed, so it takes no probability here either
         logits = logits.clone()
         logits[..., state.spec.mask_id] = float("-inf")
-    here = lanes.to_lanes(tokens, proposal.positions, 0)
-    return proposal.to_canvas(score.probability(logits, here), float("-inf"))
+    here = score.probability(logits, lanes.to_lanes(tokens, positions, 0))
+    return lanes.to_canvas(here, positions, state.tokens.shape[1], float("-inf"))
 
 
 def full(region: Region, after: State) -> Rows:
