@@ -1,9 +1,10 @@
-"""decode(): the driver. Build the state, step until nobody is left, package what came out. It knows no method.
+"""decode(): build the state, step until nobody is left, package what came out. It knows no method.
 
     output = decode(model, d2f(block_length=16), prompts, max_new_tokens=96, cache=BlockCausalCache())
     output.tokens[0]        answer ids of the first row
 
-`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces.
+`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces. `start()` and `loop()` are its two
+halves: a driver (drivers/base.py) with a step of its own runs the same loop, and its promises, around another step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Stats:
 
     nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
     method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
+    extra: what else a driver counts, by name, one number a row.
     """
 
     nfe: list[int]
@@ -44,6 +46,7 @@ class Stats:
     forced: list[int]
     edits: list[int]
     seconds: float
+    extra: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ class Output:
     end: Int[Tensor, "B"]
     result: list[Result]
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Start:
+    """A decode before its first step: the state, the engine, and the length of each row's answer."""
+
+    state: State
+    engine: Engine
+    budget: list[int]
 
 
 @dataclass(frozen=True)
@@ -93,14 +105,26 @@ def decode(
 
     Raises DecodeError for empty prompts, prompts beyond the model's positions, and parts that do not fit each other.
     """
-    start = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, compile)
-    state, engine, budget = start
+    begun = start(model, decoder, prompts, max_new_tokens=max_new_tokens, templates=templates, cache=cache, seed=seed, compile=compile)
+    return loop(begun, decoder.step, max_steps=max_steps, callback=callback, throw=throw)
+
+
+def loop(
+    begun: Start,
+    step: Callable[[Engine, State], State],
+    *,
+    max_steps: int | None = None,
+    callback: Callable[[State], None] | None = None,
+    throw: bool = True,
+) -> Output:
+    """Step until nobody is left, within the step limit, and package what came out. `step` is a decoder's, or a driver's own."""
+    state, engine, budget = begun.state, begun.engine, begun.budget
     limit = _limit(max_steps, budget)
     _synchronise(state)
     clock = time.perf_counter()
     with torch.inference_mode():
         for _ in range(limit):
-            after = decoder.step(engine, state)
+            after = step(engine, state)
             if engine.finished(after):
                 break
             state = after
@@ -124,8 +148,9 @@ def trace(
     max_steps: int | None = None,
 ) -> Iterator[Step]:
     """Step through a decode: the same arguments and states as `decode`, one `Step` at a time. Ends at `max_steps` without an error."""
-    state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
-    for _ in range(_limit(max_steps, budget)):
+    begun = start(model, decoder, prompts, max_new_tokens=max_new_tokens, templates=templates, cache=cache, seed=seed)
+    state, engine = begun.state, begun.engine
+    for _ in range(_limit(max_steps, begun.budget)):
         with torch.inference_mode():
             after = decoder.step(engine, state)
         if engine.finished(after):
@@ -135,16 +160,22 @@ def trace(
         state = after
 
 
-def _start(
+def start(
     model: Model,
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int] | None,
-    templates: Sequence[Template] | None,
-    cache: Cache | None,
-    seed: int | Sequence[int],
-    compile: bool,
-) -> tuple[State, Engine, list[int]]:
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    templates: Sequence[Template] | None = None,
+    cache: Cache | None = None,
+    seed: int | Sequence[int] = 0,
+    compile: bool = False,
+    max_reads: int | None = None,
+) -> Start:
+    """The first state of a decode and its engine. Arguments and errors are those of `decode`.
+
+    max_reads: the most positions that one step reads in a row, for compiled decoding; None: what the decoder's schedule says.
+    """
     spec = model.spec
     cache = NoCache() if cache is None else cache
     check(spec, decoder, cache)
@@ -164,8 +195,9 @@ def _start(
         state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
     schedule = getattr(decoder, "schedule", None)
-    engine = Engine(model, cache, state, max_reads=schedule.max_reads(max(budget)) if schedule is not None else None, compile=compile)
-    return state, engine, budget
+    if max_reads is None and schedule is not None:
+        max_reads = schedule.max_reads(max(budget))
+    return Start(state, Engine(model, cache, state, max_reads=max_reads, compile=compile), budget)
 
 
 def _limit(max_steps: int | None, budget: list[int]) -> int:

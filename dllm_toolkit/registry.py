@@ -39,6 +39,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "revise": _DECODING,
     "stop": _DECODING,
     "cache": ("dllm_toolkit.cache",),
+    "driver": ("dllm_toolkit.drivers",),
     "task": ("dllm_toolkit.evaluation.tasks",),
     "objective": _TRAINING,
     "corruptor": _TRAINING,

@@ -47,5 +47,12 @@ class Cache(abc.ABC):
         """The cache's state after the forward that followed `plan`."""
         return own
 
+    def accept(self, where: Canvas, own: PyTree) -> PyTree:
+        """The cache's state when positions of the last forward turned out to be final, and all before them are.
+
+        A driver that verifies drafts knows only after the forward what is closed. Keeping nothing is always right.
+        """
+        return own
+
 
 declare("cache", Cache)
