@@ -3,8 +3,8 @@
     output = decode(model, d2f(block_length=16), prompts, max_new_tokens=96, cache=BlockCausalCache())
     output.tokens[0]        answer ids of the first row
 
-`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces. `start()` and `loop()` are its two
-halves: a driver (drivers/base.py) with a step of its own runs the same loop, and its promises, around another step.
+`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces. `start()` and `loop()`
+are the halves of `decode`: a driver (drivers/base.py) runs the same loop, with its promises, around a step of its own.
 """
 
 from __future__ import annotations
@@ -179,16 +179,12 @@ def start(
     spec = model.spec
     cache = NoCache() if cache is None else cache
     check(spec, decoder, cache)
-    check_prompts(spec, prompts, _lengths(prompts, max_new_tokens, templates))
+    check_prompts(spec, prompts, answer_lengths(prompts, max_new_tokens, templates))
     answers = _templates(spec, prompts, max_new_tokens, templates)
-    seeds = _whole("seed", seed)
-    seeds = [seeds + row for row in range(len(prompts))] if isinstance(seeds, int) else seeds
-    if len(seeds) != len(prompts):
-        raise DecodeError(f"one seed a prompt, got {len(seeds)} for {len(prompts)} prompts. Write seed: 0, or a list of that length.")
+    seeds = row_seeds(seed, len(prompts))
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     if compile:
         length = -(-length // 64) * 64  # few canvas lengths, few graphs
-    seeds = [one & 0xFFFFFFFF for one in seeds]  # the noise reads 32 bits of its keys, so seeds of any size and sign are keys
     rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     # In inference mode like every later state: a compiled step would otherwise be compiled twice, once for the first state alone.
     with torch.inference_mode():
@@ -222,10 +218,10 @@ def _whole(name: str, value: Any) -> int | list[int]:
         raise DecodeError(f"{name} must be a whole number or a list of them, got {value!r}. Write for instance {name}: 96.") from None
 
 
-def _lengths(
+def answer_lengths(
     prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] | None, templates: Sequence[Template] | None
 ) -> list[int]:
-    """The answer length of each prompt."""
+    """The answer length of each prompt. Raises DecodeError."""
     if (max_new_tokens is None) == (templates is None):
         raise DecodeError(
             f"write either max_new_tokens or templates, got max_new_tokens={max_new_tokens} and "
@@ -239,6 +235,15 @@ def _lengths(
     return lengths
 
 
+def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """The noise key of each row, 32 bits of it: the noise reads no more, so seeds of any size and sign are keys. Raises DecodeError."""
+    seeds = _whole("seed", seed)
+    seeds = [seeds + row for row in range(rows)] if isinstance(seeds, int) else seeds
+    if len(seeds) != rows:
+        raise DecodeError(f"one seed a prompt, got {len(seeds)} for {rows} prompts. Write seed: 0, or a list of that length.")
+    return [one & 0xFFFFFFFF for one in seeds]
+
+
 def _templates(
     spec: ModelSpec,
     prompts: Sequence[Sequence[int]],
@@ -247,7 +252,7 @@ def _templates(
 ) -> list[Template]:
     """The answer skeleton of each prompt."""
     if templates is None:
-        return [[None] * length for length in _lengths(prompts, max_new_tokens, None)]
+        return [[None] * length for length in answer_lengths(prompts, max_new_tokens, None)]
     for row, template in enumerate(templates):
         wrong = [one for one in template if one is not None and not 0 <= one < spec.vocab_size]
         if wrong:

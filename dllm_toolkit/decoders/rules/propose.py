@@ -71,7 +71,7 @@ class Sample(Propose):
         return _without(logits, (*hidden, *_ids(self.suppress, spec.eos_ids)))
 
     def filtered(self, clean: Tensor) -> Tensor:
-        """z / T [B, R, V] with everything that the filters drop at -inf: tokens are drawn from its softmax (its argmax at temperature 0)."""
+        """z / T [B, R, V] with what the filters drop at -inf: a token is drawn from its softmax (at temperature 0 it is the argmax)."""
         filtered = clean / self.temperature if self.temperature else clean
         if self.top_p < 1:
             filtered = sample.filter_top_p(filtered, self.top_p)
