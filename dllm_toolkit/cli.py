@@ -22,7 +22,7 @@ from dllm_toolkit import __version__
 from dllm_toolkit.errors import ToolkitError
 
 # In the order in which `check` looks for a name that several kinds use.
-_CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop")
+_CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop", "driver")
 _RESUMABLE = ("compare", "train")
 _OVERRIDES = "change a value of the recipe: key=value, with dots for nested keys (decoder.threshold=0.8)"
 

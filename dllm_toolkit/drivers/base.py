@@ -18,7 +18,7 @@ from dllm_toolkit.decode import Output, Template, decode
 from dllm_toolkit.decoders.base import DecodeError, Decoder, check
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.recipe_hints import Lazy
-from dllm_toolkit.registry import declare, name_of, register
+from dllm_toolkit.registry import declare, register
 
 if TYPE_CHECKING:
     from dllm_toolkit.state import State
@@ -121,8 +121,3 @@ class Denoise(Driver):
             callback=callback,
             throw=throw,
         )
-
-
-def title(driver: Driver) -> str:
-    """The registered name, or the class's own."""
-    return name_of(driver) or type(driver).__name__

@@ -24,7 +24,7 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_commit
+from dllm_toolkit.testing import cases_commit, cases_drivers
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -354,6 +354,7 @@ REVISIONS = (Case("keep", "revise", Keep),)
 STOPS = (
     Case("at_eos", "stop", AtEos, knobs={"fill": Knob(True), "skip_first": Knob(True, {"fill": True})}),
     Case("when_full", "stop", WhenFull),
+    *cases_drivers.STOPS,
 )
 CACHES = (
     Case("none", "cache", policies.NoCache),
