@@ -1,6 +1,6 @@
 """Drivers at their limits: external verification writes the target's own text, or samples its distribution; stages leave the text alone.
 
-Names follow the specification's lists: E19 and DE1 .. DE4 for external verification (V3 is the same as DE2), TC1 and TC2 for staged programs.
+Names follow the specification's lists: E19 and DE1 .. DE4 for external verification (V3 is DE2), TC1 and TC2 for staged programs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.semi_ar import semi_ar
-from dllm_toolkit.drivers.external_verify import ExternalVerify, _Rules
+from dllm_toolkit.drivers.external_verify import _ACCEPT, ExternalVerify, _Rules
 from dllm_toolkit.drivers.staged import Stage, Staged
 from dllm_toolkit.models.load import load
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
-from dllm_toolkit.ops import masks
+from dllm_toolkit.ops import masks, noise
 from dllm_toolkit.recipe_hints import Lazy
 from dllm_toolkit.state import State
 from dllm_toolkit.testing import contract
@@ -236,7 +236,9 @@ def test_the_chi_square_test_has_teeth(wrong: str, monkeypatch: pytest.MonkeyPat
     """Two classical mistakes of speculative sampling are seen at this number of samples."""
     target, drafter, decoder = small("causal", 1, 3), small("full", 0, 5), autoregressive(temperature=1.0)
     if wrong == "accept everything":
-        monkeypatch.setattr("dllm_toolkit.drivers.external_verify.noise.uniform", lambda *keys: torch.full((), 1e-9))
+        drawn = noise.uniform
+        lucky = torch.full((), 1e-9)
+        monkeypatch.setattr(noise, "uniform", lambda *keys: lucky if int(keys[0].flatten()[0]) == _ACCEPT else drawn(*keys))
     else:
         real = torch.Tensor.clamp
         monkeypatch.setattr(
@@ -296,9 +298,8 @@ def test_one_stage_is_decode() -> None:
 
 def test_a_tag_ends_a_stage_and_what_stood_behind_it_is_gone() -> None:
     model, batch = Oracle(toy_spec("full", 0)), unequal()
-    prompt = batch.prompts[0]
+    prompt = next([3] * size for size in range(1, 60) if not set(model.answer(size, 9)) & set(model.spec.eos_ids))
     text = model.answer(len(prompt), 12)
-    assert not set(text[:8]) & set(model.spec.eos_ids)
     tag = tuple(text[3:5])
     program = Staged((Stage(until=tag, append=(7,)), Stage()))
     output = program.run(model, fast_dllm(8, threshold=0.0), [prompt], max_new_tokens=12)
