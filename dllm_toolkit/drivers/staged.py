@@ -22,7 +22,7 @@ import torch
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import Output, Stats, Template, answer_lengths, check_prompts, decode, row_seeds
-from dllm_toolkit.decoders.base import DecodeError, Decoder, check, check_ids
+from dllm_toolkit.decoders.base import DecodeError, Decoder, check
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.sequence import AtSequence
 from dllm_toolkit.drivers.base import Driver
@@ -79,7 +79,7 @@ class Staged(Driver):
         for number, stage in enumerate(self.stages):
             try:
                 check(model.spec, _decoder(model, stage, decoder), stage.cache or cache)
-                check_ids(model.spec, "append", _ids(model, stage.append))
+                _check_glue(model.spec, _ids(model, stage.append))
             except DecodeError as problem:
                 raise DecodeError(f"stages.{number}: {problem}") from problem
 
@@ -220,6 +220,15 @@ def _decoder(model: Model, stage: Stage, default: Decoder) -> Decoder:
             "semi_ar, or leave until out."
         )
     return replace(decoder, stop=AtSequence(until, decoder.stop))
+
+
+def _check_glue(spec: ModelSpec, ids: Sequence[int]) -> None:
+    wrong = [one for one in ids if not 0 <= one < spec.vocab_size]
+    if wrong:
+        raise DecodeError(
+            f"append holds an id outside the vocabulary, got {wrong[0]} with {spec.vocab_size} rows. It becomes part of the text. "
+            f"Write ids below {spec.vocab_size}, or the text itself."
+        )
 
 
 def _ids(model: Model, text: Text | None) -> tuple[int, ...]:
