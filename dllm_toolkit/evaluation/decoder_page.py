@@ -320,22 +320,27 @@ def _unlike(run: Run) -> tuple[str, ...]:
 
 
 def curves_of(run: Run) -> list[Curve]:
-    """Configurations that differ in the value of one decoder argument, as a curve; in the order of the ledger.
+    """Configurations that differ in the value of one argument of decoder or driver, as a curve; in the order of the ledger.
 
-    Same model, cache, driver, decoder and argument names, and one argument whose values differ.
+    Same model, cache, decoder, driver and names of arguments, and one argument whose values differ.
     """
     groups: dict[str, list[Summary]] = {}
     for summary in run.summaries:
         configuration = run.configuration(summary.name)
-        arguments = _arguments(configuration["decoder"])
-        key = [configuration["model"], _cache_of(configuration), str(configuration.get("driver")), _component(configuration["decoder"])]
-        groups.setdefault("|".join([*key, *sorted(arguments)]), []).append(summary)
+        key = [
+            configuration["model"],
+            _cache_of(configuration),
+            _component(configuration.get("driver")),
+            _component(configuration["decoder"]),
+        ]
+        groups.setdefault("|".join([*key, *sorted(_settings(configuration))]), []).append(summary)
     found = []
     for members in groups.values():
-        settings = [_arguments(run.configuration(summary.name)["decoder"]) for summary in members]
+        settings = [_settings(run.configuration(summary.name)) for summary in members]
         varied = [name for name in settings[0] if len({str(setting[name]) for setting in settings}) > 1]
         if len(varied) == 1:
-            name = f"{_component(run.configuration(members[0].name)['decoder'])}, {varied[0]}"
+            slot, _, argument = varied[0].partition(".")
+            name = f"{_component(run.configuration(members[0].name)[slot])}, {argument}"
             found.append(Curve(name, tuple(str(setting[varied[0]]) for setting in settings), tuple(members)))
     return found
 
@@ -408,8 +413,11 @@ def _component(node: Any) -> str:
     return str(node[COMPONENT]) if isinstance(node, Mapping) else str(node)
 
 
-def _arguments(node: Any) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key != COMPONENT} if isinstance(node, Mapping) else {}
+def _settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of decoder and driver, as `slot.argument`."""
+    nodes = {slot: configuration.get(slot) for slot in ("decoder", "driver")}
+    given = {slot: node for slot, node in nodes.items() if isinstance(node, Mapping)}
+    return {f"{slot}.{key}": value for slot, node in given.items() for key, value in node.items() if key != COMPONENT}
 
 
 def _first_line(entry: Any) -> str:
