@@ -67,8 +67,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Start:
-    """A decode before its first step: the state, the engine, and the length of each row's answer."""
+    """A decode before its first step: the decoder, its state, the engine, and the length of each row's answer."""
 
+    decoder: Decoder
     state: State
     engine: Engine
     budget: list[int]
@@ -193,7 +194,7 @@ def start(
     schedule = getattr(decoder, "schedule", None)
     if max_reads is None and schedule is not None:
         max_reads = schedule.max_reads(max(budget))
-    return Start(state, Engine(model, cache, state, max_reads=max_reads, compile=compile), budget)
+    return Start(decoder, state, Engine(model, cache, state, max_reads=max_reads, compile=compile), budget)
 
 
 def _limit(max_steps: int | None, budget: list[int]) -> int:

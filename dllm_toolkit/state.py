@@ -40,14 +40,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why.
+    """What a Stop rule says: finished rows, their end (one past the last token that counts), and why (one reason, or one a row).
 
     fill: positions of rows that go on which become end-of-text now, decided or not; the model sees them from the next step on.
     """
 
     done: Rows
     end: Int[Tensor, "B"]
-    result: Result
+    result: Result | Int[Tensor, "B"]
     carry: PyTree = ()
     fill: Canvas | None = None
 
@@ -178,13 +178,14 @@ class State:
 
     def finish(self, verdict: Verdict) -> State:
         """Rows that a stop rule has ended, in a step that counts for them. `advance` fills what is behind their end."""
+        result = verdict.result if isinstance(verdict.result, Tensor) else int(verdict.result)
         now = verdict.done & ~self.done
         after = replace(
             self,
             done=self.done | now,
             step=self.step + now.long(),  # `advance` counts the step of the rows that go on
             end=torch.where(now, verdict.end, self.end),
-            result=torch.where(now, int(verdict.result), self.result),
+            result=torch.where(now, result, self.result),
             parts=replace(self.parts, stop=verdict.carry),
         )
         return after if verdict.fill is None else after._end_text(verdict.fill & ~after.done.unsqueeze(1))

@@ -343,7 +343,7 @@ def _target_of(decoder: Decoder) -> BlockDecoder:
         and isinstance(decoder.schedule, NextToken)
         and isinstance(decoder.propose, Sample)
         and isinstance(decoder.revise, Keep)
-        and isinstance(decoder.stop, AtEos | WhenFull)
+        and decoder.stop in (AtEos(), AtEos(fill=True), WhenFull())
     ):
         return decoder
     raise DecodeError(

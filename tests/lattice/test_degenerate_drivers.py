@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from dllm_toolkit.decoders.autoregressive import autoregressive
 from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
+from dllm_toolkit.decoders.rules.sequence import AtSequence
+from dllm_toolkit.decoders.rules.stop import AtEos
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.drivers.external_verify import _ACCEPT, ExternalVerify, _Rules
 from dllm_toolkit.drivers.staged import Stage, Staged
@@ -327,3 +330,16 @@ def test_stages_share_no_noise() -> None:
     keys = [int(state.seed[0]) for states in drawn for state in states]
     assert len(set(keys)) == len(keys) == 6
     assert all(a != b for a, b in itertools.pairwise(keys))
+
+
+def test_a_tag_is_a_reason_of_its_own() -> None:
+    """Row by row: some end at the tag, some at the end of their text."""
+    model = TOYS["full"]
+    decoder = replace(semi_ar(2), stop=AtSequence((12, 12), AtEos()))
+    batch = unequal()
+    output = decode(model, decoder, batch.prompts, templates=batch.templates)
+    free = decode(model, semi_ar(2), batch.prompts, templates=batch.templates)
+    for row, result in enumerate(output.result):
+        text = output.tokens[row][: int(output.end[row] - output.begin[row])]
+        assert (result == Result.STOP_SEQUENCE) == (text[-2:] == [12, 12]) and text == free.tokens[row][: len(text)]
+    assert Result.STOP_SEQUENCE in output.result and len(set(output.result)) > 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dllm_toolkit.decoders.base import DecodeError, Stop, check_ids
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Proposal, Region, State, Verdict
-from dllm_toolkit.types import Canvas, ModelSpec, PyTree
+from dllm_toolkit.types import Canvas, ModelSpec, PyTree, Result
 
 
 @register("stop", "at_sequence")
@@ -45,7 +45,9 @@ class AtSequence(Stop):
         found = torch.where(written(state, self.ids), state.positions, length).amin(1) + len(self.ids)
         here = (found <= first_mask) & (found <= length) & state.settled
         sooner = here & (~verdict.done | (found < verdict.end))
-        return replace(verdict, done=verdict.done | here, end=torch.where(sooner, found, verdict.end))
+        reason = verdict.result if isinstance(verdict.result, Tensor) else int(verdict.result)
+        reason = torch.where(sooner, int(Result.STOP_SEQUENCE), reason)
+        return replace(verdict, done=verdict.done | here, end=torch.where(sooner, found, verdict.end), result=reason)
 
 
 def written(state: State, ids: Sequence[int]) -> Canvas:
