@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import inspect
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from dllm_toolkit import __version__
 from dllm_toolkit.errors import ToolkitError
 
 # In the order in which `check` looks for a name that several kinds use.
-_CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop")
+_CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop", "driver")
 _RESUMABLE = ("compare", "train")
 _OVERRIDES = "change a value of the recipe: key=value, with dots for nested keys (decoder.threshold=0.8)"
 
@@ -146,6 +145,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "show recipes/quickstart.yaml configurations.d2f.decoder.threshold=0.8",
         )
     )
+    takes_recipe(
+        add(
+            "cite",
+            _cite,
+            "print BibTeX for everything that a recipe uses",
+            "The toolkit's own entry, then one for each paper behind the recipe's decoders, their parts,\n"
+            "caches, drivers, models and objectives, under a comment that says for what. Loads no model.",
+            "cite recipes/quickstart.yaml > paper.bib",
+        )
+    )
     check = add(
         "check",
         _check,
@@ -237,6 +246,7 @@ def _require_lightning(what: str) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     from dllm_toolkit import registry
+    from dllm_toolkit.citations import papers_of
 
     if arguments.kind is not None and arguments.kind not in registry.kinds():
         known = ", ".join(registry.kinds())
@@ -246,22 +256,13 @@ def _list(arguments: argparse.Namespace) -> int:
     for kind in wanted:
         for name in registry.names(kind):
             entry = registry.lookup(kind, name)
-            rows.append((kind, name, _first_line(entry), ", ".join(_papers(entry))))
+            rows.append((kind, name, _first_line(entry), ", ".join(papers_of(entry))))
     _print_table(("kind", "name", "what it is", "paper"), rows)
     return 0
 
 
 def _first_line(entry: Any) -> str:
     return (inspect.getdoc(entry) or "").partition("\n")[0]
-
-
-def _papers(entry: Any) -> list[str]:
-    """What `cite` says, or else the arXiv numbers in the documentation of the object or of its module."""
-    cited: list[str] = list(getattr(entry, "cite", ()))
-    texts = (inspect.getdoc(entry) or "", sys.modules[entry.__module__].__doc__ or "")
-    found: list[list[str]] = [re.findall(r"\b\d{4}\.\d{5}\b", text) for text in texts]
-    numbers = found[0] or found[1]
-    return cited or list(dict.fromkeys(numbers))
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -284,6 +285,20 @@ def _show(arguments: argparse.Namespace) -> int:
     loaded = loaded.checked(root)
     print(recipe.describe(loaded.build(root)))
     print(f"\n# resolved recipe, hash {loaded.hash()}\n{loaded.to_yaml()}", end="")
+    return 0
+
+
+def _cite(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import citations, recipe
+
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    root = _root_of(loaded.tree)
+    loaded = loaded.checked(root)
+    papers = citations.papers_in(loaded.tree, root, loaded.build(root))
+    print(citations.bibliography(papers))
+    unknown = set(papers) - set(citations.BIBLIOGRAPHY)
+    if unknown:
+        print(f"note: no title is known for {', '.join(sorted(unknown))}; the entries hold number and year", file=sys.stderr)
     return 0
 
 

@@ -1,9 +1,10 @@
-"""decode(): the driver. Build the state, step until nobody is left, package what came out. It knows no method.
+"""decode(): build the state, step until nobody is left, package what came out. It knows no method.
 
     output = decode(model, d2f(block_length=16), prompts, max_new_tokens=96, cache=BlockCausalCache())
     output.tokens[0]        answer ids of the first row
 
-`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces.
+`trace()` is the same loop opened up: one item for each step, for viewers, tests and training on decoder traces. `start()` and `loop()`
+are the halves of `decode`: a driver (drivers/base.py) runs the same loop, with its promises, around a step of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Stats:
     nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
     method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
     computed: query tokens that really ran, a mean over the model's layers; fewer than `lanes` where a wrapper answers from memory.
+    extra: what else a driver counts, by name, one number a row.
     """
 
     nfe: list[int]
@@ -46,6 +48,7 @@ class Stats:
     edits: list[int]
     computed: list[float]
     seconds: float
+    extra: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Output:
     end: Int[Tensor, "B"]
     result: list[Result]
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Start:
+    """A decode before its first step: the decoder, its state, the engine, and the length of each row's answer."""
+
+    decoder: Decoder
+    state: State
+    engine: Engine
+    budget: list[int]
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,26 @@ def decode(
 
     Raises DecodeError for empty prompts, prompts beyond the model's positions, and parts that do not fit each other.
     """
-    start = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, compile)
-    state, engine, budget = start
-    limit = _limit(max_steps, decoder, budget)
+    begun = start(model, decoder, prompts, max_new_tokens=max_new_tokens, templates=templates, cache=cache, seed=seed, compile=compile)
+    return loop(begun, decoder.step, max_steps=max_steps, callback=callback, throw=throw)
+
+
+def loop(
+    begun: Start,
+    step: Callable[[Engine, State], State],
+    *,
+    max_steps: int | None = None,
+    callback: Callable[[State], None] | None = None,
+    throw: bool = True,
+) -> Output:
+    """Step until nobody is left, within the step limit, and package what came out. `step` is a decoder's, or a driver's own."""
+    state, engine, budget = begun.state, begun.engine, begun.budget
+    limit = _limit(max_steps, begun.decoder, budget)
     _synchronise(state)
     clock = time.perf_counter()
     with torch.inference_mode():
         for _ in range(limit):
-            after = decoder.step(engine, state)
+            after = step(engine, state)
             if engine.finished(after):
                 break
             state = after
@@ -131,9 +156,10 @@ def trace(
 
     listen: called with every forward, for decoders that ask several times in one step.
     """
-    state, engine, budget = _start(model, decoder, prompts, max_new_tokens, templates, cache, seed, False)
+    begun = start(model, decoder, prompts, max_new_tokens=max_new_tokens, templates=templates, cache=cache, seed=seed)
+    state, engine = begun.state, begun.engine
     engine.listen = listen
-    for _ in range(_limit(max_steps, decoder, budget)):
+    for _ in range(_limit(max_steps, decoder, begun.budget)):
         with torch.inference_mode():
             after = decoder.step(engine, state)
         if engine.finished(after):
@@ -143,44 +169,51 @@ def trace(
         state = after
 
 
-def _start(
+def start(
     model: Model,
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int] | None,
-    templates: Sequence[Template] | None,
-    cache: Cache | None,
-    seed: int | Sequence[int],
-    compile: bool,
-) -> tuple[State, Engine, list[int]]:
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    templates: Sequence[Template] | None = None,
+    cache: Cache | None = None,
+    seed: int | Sequence[int] = 0,
+    compile: bool = False,
+    max_reads: int | None = None,
+) -> Start:
+    """The first state of a decode and its engine. Arguments and errors are those of `decode`.
+
+    max_reads: the most positions that one step reads in a row, for compiled decoding; None: what the decoder's schedule says.
+    """
     spec = model.spec
     cache = NoCache() if cache is None else cache
     check(spec, decoder, cache)
-    check_prompts(spec, prompts, _lengths(prompts, max_new_tokens, templates))
+    check_prompts(spec, prompts, answer_lengths(prompts, max_new_tokens, templates))
     answers = _templates(spec, prompts, max_new_tokens, templates)
-    seeds = _whole("seed", seed)
-    seeds = [seeds + row for row in range(len(prompts))] if isinstance(seeds, int) else seeds
-    if len(seeds) != len(prompts):
-        raise DecodeError(f"one seed a prompt, got {len(seeds)} for {len(prompts)} prompts. Write seed: 0, or a list of that length.")
+    seeds = row_seeds(seed, len(prompts))
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     if compile:
         length = -(-length // 64) * 64  # few canvas lengths, few graphs
-    seeds = [one & 0xFFFFFFFF for one in seeds]  # the noise reads 32 bits of its keys, so seeds of any size and sign are keys
     rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     # In inference mode like every later state: a compiled step would otherwise be compiled twice, once for the first state alone.
     with torch.inference_mode():
         state = decoder.init(begin_state(spec, rows, seeds, length=length, device=_device(model)))
     budget = [len(answer) for answer in answers]
-    return state, engine_of(model, decoder, cache, state, max(budget), compile), budget
+    return Start(decoder, state, engine_of(model, decoder, cache, state, max(budget), compile, max_reads), budget)
 
 
-def engine_of(model: Model, decoder: Decoder, cache: Cache, state: State, budget: int, compile: bool = False) -> Engine:
-    """A new engine that fits a decoder: for a decode from its first state, or one that goes on from `state`. budget: the longest answer."""
+def engine_of(
+    model: Model, decoder: Decoder, cache: Cache, state: State, budget: int, compile: bool = False, max_reads: int | None = None
+) -> Engine:
+    """A new engine that fits a decoder: for a decode from its first state, or one that goes on from `state`.
+
+    budget: the longest answer. max_reads: the most positions that one step reads; None: what the decoder says.
+    """
     return Engine(
         model,
         cache,
         state,
-        max_reads=decoder.max_reads(budget),
+        max_reads=decoder.max_reads(budget) if max_reads is None else max_reads,
         compile=compile,
         branches=decoder.branches,
         form=decoder.branch_form,
@@ -210,10 +243,10 @@ def _whole(name: str, value: Any) -> int | list[int]:
         raise DecodeError(f"{name} must be a whole number or a list of them, got {value!r}. Write for instance {name}: 96.") from None
 
 
-def _lengths(
+def answer_lengths(
     prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] | None, templates: Sequence[Template] | None
 ) -> list[int]:
-    """The answer length of each prompt."""
+    """The answer length of each prompt. Raises DecodeError."""
     if (max_new_tokens is None) == (templates is None):
         raise DecodeError(
             f"write either max_new_tokens or templates, got max_new_tokens={max_new_tokens} and "
@@ -227,6 +260,15 @@ def _lengths(
     return lengths
 
 
+def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """The noise key of each row, 32 bits of it: the noise reads no more, so seeds of any size and sign are keys. Raises DecodeError."""
+    seeds = _whole("seed", seed)
+    seeds = [seeds + row for row in range(rows)] if isinstance(seeds, int) else seeds
+    if len(seeds) != rows:
+        raise DecodeError(f"one seed a prompt, got {len(seeds)} for {rows} prompts. Write seed: 0, or a list of that length.")
+    return [one & 0xFFFFFFFF for one in seeds]
+
+
 def _templates(
     spec: ModelSpec,
     prompts: Sequence[Sequence[int]],
@@ -235,7 +277,7 @@ def _templates(
 ) -> list[Template]:
     """The answer skeleton of each prompt."""
     if templates is None:
-        return [[None] * length for length in _lengths(prompts, max_new_tokens, None)]
+        return [[None] * length for length in answer_lengths(prompts, max_new_tokens, None)]
     for row, template in enumerate(templates):
         wrong = [one for one in template if one is not None and not 0 <= one < spec.vocab_size]
         if wrong:

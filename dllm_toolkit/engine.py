@@ -155,6 +155,15 @@ class Engine:
         self.own = trees.pick(self.own, source, source.shape[0])
         self.written = self.written.index_select(0, source)
 
+    def accept(self, state: State, where: Canvas) -> None:
+        """Positions of the last forward whose token turned out to be final: a draft that was verified. The cache may keep their K/V.
+
+        Only what was computed in that forward, from the token that stands there now, is passed on.
+        """
+        if self.last is not None and not self.over:
+            computed = self.last.plan.compute & (self.written == state.tokens)
+            self.own = self.cache.accept(where & computed, self.own)
+
     def finished(self, state: State) -> bool:
         """Nothing left to do? Known from the host read of the last `ask`, so it costs nothing; one step late by design."""
         return self.over

@@ -16,8 +16,9 @@ import torch
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
-from dllm_toolkit.decode import check_prompts, decode
+from dllm_toolkit.decode import check_prompts
 from dllm_toolkit.decoders.base import Decoder, check
+from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import answer_tokens
 from dllm_toolkit.evaluation.pictures import plural
@@ -62,6 +63,7 @@ class GenerateRecipe:
     model: Lazy[Model]
     decoder: Decoder
     cache: Cache = field(default_factory=NoCache)
+    driver: Driver = field(default_factory=Denoise)
     prompt: str | tuple[str, ...] | None = None
     prompt_ids: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     prompt_format: str | None = None
@@ -89,6 +91,10 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     with _placed(recipe, "run", "device"):
         device = None if built.run.device is None else _device(built.run.device)
     dtype = None if built.run.dtype is None else getattr(torch, built.run.dtype)
+    for argument, other in built.driver.others.items():
+        if isinstance(other, str):
+            with _placed(recipe, "driver", argument):
+                built.driver.other(argument)
     model: Any = built.model.build()
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None and texts:
@@ -102,13 +108,24 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     for key, cache in (("decoder", NoCache()), ("cache", built.cache)):
         with _placed(recipe, key):
             check(model.spec, built.decoder, cache)
+    others: dict[str, Any] = {}
+
+    def load(argument: str, other: Any) -> Any:
+        others[argument] = model if other == built.model else other.build()
+        return others[argument]
+
+    driver = with_loaded(built.driver, load)
+    with _placed(recipe, "driver"):
+        driver.check(model, built.decoder, built.cache)
     with _placed(recipe, "run", "max_new_tokens"):
         check_prompts(model.spec, encoded, [built.run.max_new_tokens] * len(encoded))
     model = model.to(device=device, dtype=dtype)
+    for one in others.values():
+        one.to(device=device, dtype=dtype)  # modules move in place, and the driver holds these very ones
     answers: list[str] = []
     for start in range(0, len(encoded), built.run.batch_size):
         rows = encoded[start : start + built.run.batch_size]
-        output = decode(
+        output = driver.run(
             model,
             built.decoder,
             rows,
@@ -123,8 +140,9 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
             ended = ids[counted - 1] in model.spec.eos_ids
             answers.append(_answer(tokenizer, ids[: counted - ended]))
             print(answers[-1], flush=True)
+            more = "".join(f"; {name.replace('_', ' ')} {values[row]}" for name, values in output.stats.extra.items())
             print(
-                f"[{plural(counted, 'token')} in {plural(output.stats.nfe[row], 'forward')}; {output.result[row].text}; "
+                f"[{plural(counted, 'token')} in {plural(output.stats.nfe[row], 'forward')}{more}; {output.result[row].text}; "
                 f"the batch of {len(rows)} took {output.stats.seconds:.2f} s]",
                 file=sys.stderr,
             )

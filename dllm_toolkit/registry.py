@@ -40,6 +40,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "stop": _DECODING,
     "filter": _DECODING,
     "cache": ("dllm_toolkit.cache",),
+    "driver": ("dllm_toolkit.drivers",),
     "task": ("dllm_toolkit.evaluation.tasks",),
     "objective": _TRAINING,
     "corruptor": _TRAINING,

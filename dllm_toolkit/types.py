@@ -81,6 +81,7 @@ class Result(enum.IntEnum):
     END_OF_TEXT = 2
     MAX_STEPS = 3
     EARLY_COMMIT = 4
+    STOP_SEQUENCE = 5
 
     @property
     def text(self) -> str:
@@ -90,6 +91,7 @@ class Result(enum.IntEnum):
             Result.END_OF_TEXT: "an end-of-text token was committed and nothing before it is masked",
             Result.MAX_STEPS: "the step limit was reached; the text ends before its first undecided position",
             Result.EARLY_COMMIT: "a stop rule was sure of the answer and committed the rest at once",
+            Result.STOP_SEQUENCE: "the tokens that end a text were committed and nothing before them is masked",
         }[self]
 
 

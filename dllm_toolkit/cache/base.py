@@ -63,6 +63,13 @@ class Cache(abc.ABC):
         """The cache's state after the forward that followed `plan`."""
         return own
 
+    def accept(self, where: Canvas, own: PyTree) -> PyTree:
+        """The cache's state when positions of the last forward turned out to be final, and all before them are.
+
+        A driver that verifies drafts knows only after the forward what is closed. Keeping nothing is always right.
+        """
+        return own
+
 
 def sources(wanted: Canvas, state: State) -> Canvas:
     """Positions whose hidden rows the wanted ones are read from, and these themselves: with shift 1 also the one before each."""

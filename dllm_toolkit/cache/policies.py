@@ -103,3 +103,6 @@ class BlockCausalCache(Cache):
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> PyTree:
         return own | (plan.compute & region.closed & ~state.done.unsqueeze(1))
+
+    def accept(self, where: Canvas, own: PyTree) -> PyTree:
+        return own | where

@@ -5,7 +5,7 @@
     commit the k best of S              (S empty: the k_min best of what the gate held back)
     after B steps in a block: commit all that is left
 
-Reference: CD4LM (repository CDLM), confidence-adaptive decoding.
+Reference: CD4LM, arXiv 2601.02236 (repository CDLM), confidence-adaptive decoding.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Adaptive(Commit):
     max_steps: steps in one block after which everything left in it is committed at once, the gate lifted; None: no limit, since a block
     never needs more steps than it has tokens.
 
-    Reference: CD4LM (repository CDLM).
+    Reference: CD4LM, arXiv 2601.02236 (repository CDLM).
     """
 
-    cite = ("CD4LM",)
+    cite = ("2601.02236",)
 
     at_least: float = 0.8
     minimum: int = 1

@@ -1,4 +1,4 @@
-"""`dllm-toolkit compare`: a grid of (model, decoder, cache) on the same problems, into one ledger.
+"""`dllm-toolkit compare`: a grid of (model, decoder, cache, driver) on the same problems, into one ledger.
 
 Everything that can be wrong is found before the first forward and before anything is written: names, baselines, the fit of decoder,
 cache and model, prompts against the model's positions, a ledger of another recipe. Each model is loaded once. Configurations run one
@@ -20,6 +20,7 @@ from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import check_prompts
 from dllm_toolkit.decoders.base import Decoder, check
+from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger, provenance, report
 from dllm_toolkit.evaluation.ledger import Header, Summary
@@ -34,11 +35,12 @@ __all__ = ["Baselines", "CompareError", "CompareRecipe", "Configuration", "Repor
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the comparison. model: a name under `models`."""
+    """One row of the comparison. model: a name under `models`; so may the other models of a driver be."""
 
     model: str
     decoder: Decoder
     cache: Cache = field(default_factory=NoCache)
+    driver: Driver = field(default_factory=Denoise)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ class CompareRecipe:
                 raise CompareError(
                     f"configurations.{name}.model names no model, got {configuration.model!r}. Write one of {sorted(self.models)}."
                 )
+            for argument, other in configuration.driver.others.items():
+                if isinstance(other, str) and other not in self.models:
+                    raise CompareError(
+                        f"configurations.{name}.driver.{argument} names no model, got {other!r}. Write one of {sorted(self.models)}, or a "
+                        "model of its own: {_component_: load, path: ...}."
+                    )
         for slot in ("autoregressive", "vanilla"):
             baseline = getattr(self.baselines, slot)
             if baseline is not None and baseline not in self.configurations:
@@ -136,18 +144,27 @@ def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
 def _rows(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
     """Load every model that a row uses, once, on the CPU, and check every row before any forward."""
     models: dict[object, Any] = {}
+
+    def load(recipe: Lazy[Model] | str) -> Any:
+        key = built.models[recipe] if isinstance(recipe, str) else recipe  # equal recipes are one model
+        if key not in models:
+            models[key] = key.build()
+        return models[key]
+
     encoded: dict[object, tuple[tuple[int, ...], ...]] = {}
     rows = []
     for name, configuration in built.configurations.items():
-        key = built.models[configuration.model]  # equal recipes are one model
-        if key not in models:
-            models[key] = key.build()
+        key, model = built.models[configuration.model], load(configuration.model)
+        if key not in encoded:
             with _placed(recipe, "run", "max_new_tokens"):
-                encoded[key] = _encode(models[key], configuration.model, problems, built.run.max_new_tokens)
+                encoded[key] = _encode(model, configuration.model, problems, built.run.max_new_tokens)
         for keys, cache in ((("decoder",), NoCache()), (("cache",), configuration.cache)):
             with _placed(recipe, "configurations", name, *keys):
-                check(models[key].spec, configuration.decoder, cache)
-        rows.append(Row(name, models[key], configuration.decoder, configuration.cache, encoded[key]))
+                check(model.spec, configuration.decoder, cache)
+        driver = with_loaded(configuration.driver, lambda _, other: load(other))
+        with _placed(recipe, "configurations", name, "driver"):
+            driver.check(model, configuration.decoder, configuration.cache)
+        rows.append(Row(name, model, configuration.decoder, configuration.cache, encoded[key], driver))
     return rows
 
 
@@ -173,7 +190,12 @@ def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], device: t
         f"weights.{name}": provenance.weights_fingerprint(next(row.model for row in rows if built.configurations[row.name].model == name))
         for name in dict.fromkeys(configuration.model for configuration in built.configurations.values())
     }
-    parts = [built.task, *(part for row in rows for part in (row.decoder, row.cache, row.model))]
+    for row in rows:
+        for argument, other in built.configurations[row.name].driver.others.items():
+            name = other if isinstance(other, str) else f"{row.name}.driver.{argument}"
+            weights[f"weights.{name}"] = provenance.weights_fingerprint(row.driver.other(argument))
+    drivers = [configuration.driver for configuration in built.configurations.values()]
+    parts = [built.task, *drivers, *(part for row in rows for part in (row.decoder, row.cache, *row.models))]
     return Header(
         recipe_hash=ledger.recipe_hash(recipe.tree),
         recipe=recipe.tree,

@@ -1,7 +1,8 @@
 """Measuring: decode the problems of each row batch by batch, time them, and hand the records to the ledger.
 
-Only `decode` runs between two readings of its clock; grading, text and the ledger come after. A row is warmed up first, with batches of
-its own size, since the first calls of a library or a compiled graph would otherwise be counted as decoding.
+Only the row's driver (`decode`, if it names none) runs between two readings of its clock; grading, text and the ledger come after. A row
+is warmed up first, with batches of its own size, since the first calls of a library or a compiled graph would otherwise be counted as
+decoding.
 """
 
 import contextlib
@@ -9,14 +10,15 @@ import gc
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from dllm_toolkit.cache.base import Cache
-from dllm_toolkit.decode import Output, decode
+from dllm_toolkit.decode import Output
 from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.drivers.base import Denoise, Driver
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Ledger, Record
@@ -64,13 +66,19 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration with its loaded model and the encoded prompts."""
+    """A configuration with its loaded model and the encoded prompts; the driver holds its other models, loaded too."""
 
     name: str
     model: Any
     decoder: Decoder
     cache: Cache
     prompts: tuple[tuple[int, ...], ...]
+    driver: Driver = field(default_factory=Denoise)
+
+    @property
+    def models(self) -> list[Any]:
+        """Everything that must be on the device while the row runs."""
+        return [self.model, *(self.driver.other(name) for name in self.driver.other_models)]
 
 
 def fill(
@@ -90,16 +98,18 @@ def fill(
     size = run.batch_size
     batches = [range(start, min(start + size, len(problems))) for start in range(0, len(problems), size)]
     with _progress(total, len(done)) as tick:
-        before = None
+        before: list[Any] = []
         for row in rows:
             # The ledger keeps whole batches, so a batch is either there or missing.
             missing = [(number, batch) for number, batch in enumerate(batches) if (row.name, problems[batch[0]].id) not in done]
             if not missing:
                 continue
-            if before is not None and before is not row.model and device.type != "cpu":
-                before.to("cpu")
-            row.model.to(device=device, dtype=getattr(torch, run.dtype))
-            before = row.model
+            for model in before if device.type != "cpu" else ():
+                if all(model is not other for other in row.models):
+                    model.to("cpu")
+            before = row.models
+            for model in before:
+                model.to(device=device, dtype=getattr(torch, run.dtype))
             tick(row.name, 0)
             for batch in batches[: -(-run.warm_up // size)]:
                 _decode(row, batch, run)
@@ -127,7 +137,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
-    return decode(
+    return row.driver.run(
         row.model,
         row.decoder,
         [list(row.prompts[index]) for index in batch],
@@ -184,7 +194,8 @@ def _records(
                 batch_rows=len(batch),
                 batch_seconds=stats.seconds,
                 seed=run.seed + problem_index,
-                extra=dict(grade.extra),
+                given=int(stats.extra["given"][index]) if "given" in stats.extra else 0,
+                extra={**grade.extra, **{name: values[index] for name, values in stats.extra.items() if name != "given"}},
             )
         )
     return records

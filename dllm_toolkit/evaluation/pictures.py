@@ -7,6 +7,7 @@ picture depends on colour alone. Figures are built without pyplot: no global sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5F5F5F")
 LIGHT = frozenset({"#56B4E9", "#E69F00"})  # too light for white print
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DECIDED, NOW, FINISHED, INK, FAINT = "#b9d6ea", "#0b4f7d", "#eef3f7", "#1b1f24", "#6d7680"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A sweep: one decoder argument at several values. settings: the values, as text."""
+
+    name: str
+    settings: tuple[str, ...]
+    summaries: tuple[Summary, ...]
 
 
 def plural(count: int, word: str) -> str:
@@ -46,8 +57,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front[::-1]
 
 
-def pareto_figure(summaries: Sequence[Summary]) -> Figure:
-    """Accuracy against tokens per second (log) and against tokens per forward, with 95 % intervals; up and right is better."""
+def pareto_figure(summaries: Sequence[Summary], *, legend: bool = True) -> Figure:
+    """Accuracy against tokens per second (log) and against tokens per forward, with 95 % intervals; up and right is better.
+
+    legend: names for the numbers; without it they stand in a table elsewhere.
+    """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = _figure(10.5, 4.6)
@@ -65,10 +79,11 @@ def pareto_figure(summaries: Sequence[Summary]) -> Figure:
     left.set_ylim(top=102)
     left.set_yticks([tick for tick in left.get_yticks() if left.get_ylim()[0] <= tick <= 100])
     left.set_ylabel("accuracy, %")
-    handles = [_handle(index) for index in range(len(summaries))]
-    names = [f"{index + 1}  {summary.name}" for index, summary in enumerate(summaries)]
-    figure.legend(handles, names, loc="lower center", ncols=min(4, max(1, len(names))), frameon=False, fontsize=9, labelspacing=0.9)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(names) - 1) // 4), 1, 1))
+    if legend:
+        handles = [_handle(index) for index in range(len(summaries))]
+        names = [f"{index + 1}  {summary.name}" for index, summary in enumerate(summaries)]
+        figure.legend(handles, names, loc="lower center", ncols=min(4, max(1, len(names))), frameon=False, fontsize=9, labelspacing=0.9)
+    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(summaries) - 1) // 4) if legend else 0, 1, 1))
     _badges(left, summaries, [s.tokens_per_second for s in summaries])
     _badges(right, summaries, [s.tokens_per_forward for s in summaries])
     return figure
@@ -97,6 +112,45 @@ def _pareto_axes(axes: Axes, summaries: Sequence[Summary], x: Sequence[float], l
     axes.set_xlabel(label)
     axes.margins(x=0.08)
     _tidy(axes)
+
+
+def sweep_figure(curves: Sequence[Curve], summaries: Sequence[Summary]) -> Figure:
+    """Accuracy (left) and exact solutions (right) against tokens per forward, a line a curve; dashed: the front of all `summaries`."""
+    figure = _figure(11, 5.2)
+    panels = figure.subplots(1, 2, sharex=True)
+    inside = {summary.name for curve in curves for summary in curve.summaries}
+    for axes, what, label in zip(panels, ("accuracy", "exact"), ("accuracy, %", "exact solutions, %"), strict=True):
+        points = [(summary.tokens_per_forward, 100 * getattr(summary, what)) for summary in summaries]
+        front = [points[index] for index in pareto_front(points)]
+        axes.plot([x for x, _ in front], [y for _, y in front], color=FAINT, lw=1, ls="--", zorder=1)
+        for number, curve in enumerate(curves):
+            placed = sorted((summary.tokens_per_forward, 100 * getattr(summary, what)) for summary in curve.summaries)
+            axes.plot(
+                [x for x, _ in placed],
+                [y for _, y in placed],
+                color=PALETTE[number % len(PALETTE)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                ms=5.5,
+                lw=1.4,
+                label=curve.name,
+            )
+        alone = [(summary.name, point) for summary, point in zip(summaries, points, strict=True) if summary.name not in inside]
+        for number, (name, (x, y)) in enumerate(alone):
+            axes.scatter([x], [y], s=34, color=INK, marker="x", zorder=3)
+            axes.annotate(name, (x, y), xytext=(4, 6 - 17 * (number % 2)), textcoords="offset points", fontsize=8, color=INK)
+        low = min(y for _, y in points)
+        axes.set_ylim(low - max(2.0, 0.08 * (100 - low)), 100 + max(0.5, 0.06 * (100 - low)))
+        axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick < 100.001])
+        axes.set_xlabel("tokens per forward")
+        axes.set_ylabel(label)
+        axes.set_xlim(left=0)
+        _tidy(axes)
+    handles, names = panels[0].get_legend_handles_labels()
+    columns = min(4, max(1, len(names)))
+    if names:
+        figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 * -(-len(names) // columns) + 0.02, 1, 1))
+    return figure
 
 
 def _badges(axes: Axes, summaries: Sequence[Summary], x: Sequence[float]) -> None:

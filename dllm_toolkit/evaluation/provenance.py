@@ -27,6 +27,7 @@ _DECIDING = (
     "ops",
     "cache",
     "decoders",
+    "drivers",
     "models",
     "data",
     "evaluation/tasks.py",

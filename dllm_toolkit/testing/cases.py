@@ -24,7 +24,16 @@ from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive, 
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
-from dllm_toolkit.testing import cases_cache, cases_commit, cases_drafts, cases_features, cases_revise, cases_schedules, cases_stops
+from dllm_toolkit.testing import (
+    cases_cache,
+    cases_commit,
+    cases_drafts,
+    cases_drivers,
+    cases_features,
+    cases_revise,
+    cases_schedules,
+    cases_stops,
+)
 from dllm_toolkit.testing.case import Case, Knob
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -387,6 +396,7 @@ STOPS = (
     ),
     Case("when_full", "stop", WhenFull),
     *cases_stops.STOPS,
+    *cases_drivers.STOPS,
 )
 CACHES = (
     Case("none", "cache", policies.NoCache),

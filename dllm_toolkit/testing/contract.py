@@ -3,8 +3,9 @@
     for result in check_component(my_rule.EntropySpend(budget=0.5)):
         print(result)
 
-A rule is put into the standard template decoder, a cache under standard decoders, and each is run on every toy model that its needs
-allow: full, block-causal and causal attention, shift 0 and 1, with a batch of unequal rows and an infill canvas. Takes seconds.
+A rule is put into the standard template decoder, a cache under standard decoders, a driver around them, and each is run on every toy model
+that its needs allow: full, block-causal and causal attention, shift 0 and 1, with a batch of unequal rows and an infill canvas. Takes
+seconds.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.rules.commit import Gate
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
 from dllm_toolkit.decoders.semi_ar import semi_ar
+from dllm_toolkit.drivers.base import Driver
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.testing import cases
 from dllm_toolkit.testing.contract_cache import CACHE_CHECKS
 from dllm_toolkit.testing.contract_compile import d11_one_graph
 from dllm_toolkit.testing.contract_decoder import DECODER_CHECKS, Bench, Violation
+from dllm_toolkit.testing.contract_driver import DRIVER_CHECKS, DriverBench
 from dllm_toolkit.testing.models import tiny_transformer
 from dllm_toolkit.types import Attention
 
-Check = Callable[[Bench], None]
+Check = Callable[[Any], None]
 FEW = ("none", "prefix", "dual", "block_causal", "delayed")
 
 
@@ -99,7 +102,7 @@ def title(check_function: Check) -> str:
     return f"{number[0].upper()}{int(number[1:]):02d}_{words}"
 
 
-def run_checks(place: Bench, checks: Sequence[Check]) -> Iterator[CheckResult]:
+def run_checks(place: Bench | DriverBench, checks: Sequence[Check]) -> Iterator[CheckResult]:
     """Run checks one by one; anything that the component raises is a failed check with the line it came from."""
     for one in checks:
         try:
@@ -161,8 +164,40 @@ def combinations(component: Decoder | Part | Cache) -> list[tuple[Decoder, Cache
     ]
 
 
+def driver_benches(driver: Driver) -> list[DriverBench]:
+    """Everything that a driver is tried with: standard decoders, with every cache, on every toy; the full toy plays its other models."""
+    other = next(toy.model for toy in toys() if toy.name == "full")
+    first, *rest = standard_decoders()
+    tried = [(first, toy, cache) for toy in toys() for cache in all_caches() if toy.name == "full" or cache.exact]
+    # Elsewhere what is exact: how a cache approximates is no business of a driver. Shift 1 only where a decoder asks for it.
+    tried += [(one, toy, cache) for one in rest for toy in toys() for cache in all_caches() if cache.exact and _plain(toy)]
+    return [DriverBench(driver, decoder, cache, toy.model, other) for decoder, toy, cache in tried]
+
+
+def _plain(toy: Toy) -> bool:
+    return toy.model.spec.shift == 0 or toy.model.spec.attention == "causal"
+
+
+def _check_driver(driver: Driver) -> list[CheckResult]:
+    benches = driver_benches(driver)
+    reasons = [bench.fits() for bench in benches]
+    fitting = [bench for bench, reason in zip(benches, reasons, strict=True) if reason is None]
+    if not fitting:
+        return [CheckResult("needs", False, f"no toy model fits: {reasons[-1]}")]
+    results: list[CheckResult] = []
+    driver_name = registry.name_of(driver) or type(driver).__name__
+    for place in fitting:
+        where = f"{driver_name}, {_where(place.decoder, place.cache, _toy_of(place.model))}"
+        results += [replace(result, name=f"{result.name} [{where}]") for result in run_checks(place, DRIVER_CHECKS)]
+    return results
+
+
+def _toy_of(model: Any) -> Toy:
+    return next(toy for toy in toys() if toy.model is model)
+
+
 def check_component(component: Any) -> list[CheckResult]:
-    """Run the contract on a Decoder, a part or a Cache, or on a class or function that makes one without arguments.
+    """Run the contract on a Decoder, a part, a Cache or a Driver, or on a class or function that makes one without arguments.
 
     One result for each check and combination, named `D05_rows_alone [decoder, cache, model]`.
     """
@@ -173,9 +208,12 @@ def check_component(component: Any) -> list[CheckResult]:
         except TypeError as problem:
             hint = f"{component.__name__} cannot be made without arguments ({problem}). Give its arguments, or pass a ready object."
             return [CheckResult("build", False, hint)]
+    if isinstance(made, Driver):
+        return _check_driver(made)
     if not isinstance(made, Decoder | Part | Cache):
         what = type(made).__name__
-        return [CheckResult("build", False, f"{what} is no Decoder, Schedule, Propose, Commit, Revise, Stop or Cache: nothing to check.")]
+        kinds = "Decoder, Schedule, Propose, Commit, Revise, Stop, Cache or Driver"
+        return [CheckResult("build", False, f"{what} is no {kinds}: nothing to check.")]
     tried = combinations(made)
     fitting = [(decoder, cache, toy) for decoder, cache, toy in tried if fits(decoder, cache, toy) is None]
     if not fitting:

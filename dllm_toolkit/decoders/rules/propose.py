@@ -65,16 +65,23 @@ class Sample(Propose):
         check_ids(spec, "suppress", self.suppress)
         check_ids(spec, "defer", self.defer)
 
+    def clean(self, logits: Tensor, spec: ModelSpec) -> Tensor:
+        """Logits [B, R, V] without the mask id and the suppressed ones."""
+        hidden = (spec.mask_id,) if spec.mask_id < spec.vocab_size else ()  # causal models may have no mask token
+        return _without(logits, (*hidden, *_ids(self.suppress, spec.eos_ids)))
+
+    def filtered(self, clean: Tensor) -> Tensor:
+        """z / T [B, R, V] with what the filters drop at -inf: a token is drawn from its softmax (at temperature 0 it is the argmax)."""
+        filtered = clean / self.temperature if self.temperature else clean
+        if self.top_p < 1:
+            filtered = sample.filter_top_p(filtered, self.top_p)
+        return sample.filter_top_k(filtered, self.top_k) if self.top_k else filtered
+
     def __call__(self, answer: Answer, state: State) -> Proposal:
         spec = state.spec
         length = state.tokens.shape[1]
-        hidden = (spec.mask_id,) if spec.mask_id < spec.vocab_size else ()  # causal models may have no mask token
-        logits = _without(answer.logits, (*hidden, *_ids(self.suppress, spec.eos_ids)))
-        filtered = logits / self.temperature if self.temperature else logits
-        if self.top_p < 1:
-            filtered = sample.filter_top_p(filtered, self.top_p)
-        if self.top_k:
-            filtered = sample.filter_top_k(filtered, self.top_k)
+        logits = self.clean(answer.logits, spec)
+        filtered = self.filtered(logits)
         # z / T is already in the logits, so what is left is one draw at temperature 1, or the argmax.
         draw = 1.0 if self.temperature else 0.0
         tokens = sample.gumbel_argmax(filtered, draw, state.seed, state.step, answer.positions)  # [B, R]
