@@ -169,8 +169,8 @@ class _Row:
             self.live = False
             return
         if over:
+            self.counts["commits"] -= self.born[-1] >= 0
             del self.text[-1], self.born[-1]
-            self.counts["commits"] -= 1
         self.text += append
         self.born += [-1] * len(append)
         self.given += len(append)
