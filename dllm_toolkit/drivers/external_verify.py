@@ -17,7 +17,7 @@ It then counts as certain (q is 1 at the draft), which is exact for any draft an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -199,17 +199,20 @@ class _Rounds:
 
     def account(self, output: Output) -> Stats:
         """The target's account with the drafter's forwards and lanes added, and both of them apart."""
-        stats = output.stats
-        draft_forwards, draft_lanes = self.engine.nfe.tolist(), self.engine.lanes.tolist()
+        stats, drafter = output.stats, self.engine
+        counted = [item.name for item in fields(stats) if isinstance(getattr(drafter, item.name, None), Tensor)]  # what an engine counts
+        both = {
+            name: [one + other for one, other in zip(getattr(stats, name), getattr(drafter, name).tolist(), strict=True)]
+            for name in counted
+        }
         return replace(
             stats,
-            nfe=[one + other for one, other in zip(stats.nfe, draft_forwards, strict=True)],
-            lanes=[one + other for one, other in zip(stats.lanes, draft_lanes, strict=True)],
+            **both,
             extra={
                 "target_forwards": stats.nfe,
-                "draft_forwards": draft_forwards,
+                "draft_forwards": drafter.nfe.tolist(),
                 "target_lanes": stats.lanes,
-                "draft_lanes": draft_lanes,
+                "draft_lanes": drafter.lanes.tolist(),
                 "drafted": self.drafted.tolist(),
                 "accepted": self.accepted.tolist(),
             },

@@ -15,7 +15,8 @@ finished; without `until` the end of the text is what leads to the next stage. A
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.state import State
 from dllm_toolkit.types import ModelSpec, Result
 
+COUNTS = tuple(item.name for item in fields(Stats) if item.name not in ("seconds", "extra"))
 Text = str | tuple[int, ...]
 """Words, encoded on their own by the model's tokenizer, or token ids."""
 
@@ -139,7 +141,8 @@ class _Row:
         self.born: list[int] = []
         self.live = True
         self.result = Result.RUNNING
-        self.nfe = self.lanes = self.steps = self.commits = self.forced = self.edits = self.given = self.stages = 0
+        self.counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+        self.given = self.stages = 0
 
     def room(self, stage: Stage) -> int:
         """Tokens that the stage may write."""
@@ -152,9 +155,8 @@ class _Row:
         wrote = output.tokens[index][len(self.text) : end - begin]
         born = output.born[index, begin + len(self.text) : end].tolist()
         self.text += wrote
-        self.born += [one + self.steps if one >= 0 else one for one in born]
-        for name in ("nfe", "lanes", "steps", "commits", "forced", "edits"):
-            setattr(self, name, getattr(self, name) + getattr(stats, name)[index])
+        self.born += [one + self.counts["steps"] if one >= 0 else one for one in born]
+        self.counts = {name: count + getattr(stats, name)[index] for name, count in self.counts.items()}
         self.result = output.result[index]
         self.stages += 1
         ended = bool(wrote) and wrote[-1] in spec.eos_ids
@@ -167,8 +169,8 @@ class _Row:
             self.live = False
             return
         if over:
+            self.counts["commits"] -= self.born[-1] >= 0
             del self.text[-1], self.born[-1]
-            self.commits -= 1
         self.text += append
         self.born += [-1] * len(append)
         self.given += len(append)
@@ -196,12 +198,7 @@ def _package(rows: Sequence[_Row], device: torch.device, seconds: float, spec: M
         end=torch.tensor([begin + len(row.text) for begin, row in zip(begins, rows, strict=True)], device=device),
         result=[row.result for row in rows],
         stats=Stats(
-            nfe=[row.nfe for row in rows],
-            lanes=[row.lanes for row in rows],
-            steps=[row.steps for row in rows],
-            commits=[row.commits for row in rows],
-            forced=[row.forced for row in rows],
-            edits=[row.edits for row in rows],
+            **{name: [row.counts[name] for row in rows] for name in COUNTS},
             seconds=seconds,
             extra={"given": [row.given for row in rows], "stages": [row.stages for row in rows]},
         ),
