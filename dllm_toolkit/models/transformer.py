@@ -8,9 +8,10 @@ data in `TransformerConfig`. Numerics follow the originals: RMS statistics and r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -175,12 +176,8 @@ class Lanes(NamedTuple):
     index: Int[Tensor, "BW"] | None
 
 
-class Mix(Protocol):
-    """How queries mix values: `dense`, or something that keeps the attention weights."""
-
-    def __call__(
-        self, q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
-    ) -> Float[Tensor, "B H W D"]: ...
+Mix = Callable[[Tensor, Tensor, Tensor, Lanes], Tensor]
+"""How queries mix values, (q [B, H, W, D], k, v [B, G, S, D], lanes) -> [B, H, W, D]: `dense`, or one that keeps the attention weights."""
 
 
 def dense(
