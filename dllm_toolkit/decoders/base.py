@@ -29,12 +29,14 @@ class Part(abc.ABC):
     """A rule of one slot. `cite` holds the arXiv numbers of the papers it comes from.
 
     `looks_back`: it wants to know what the model says of positions that are decided. Without such a part the template reads masked
-    positions only, which makes the head narrower and lets a cache leave decided positions alone.
+    positions only, which makes the head narrower and lets a cache leave decided positions alone. `random`: it draws from the state's noise
+    whatever its arguments, so another seed gives another decode.
     """
 
     cite: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
     looks_back: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027 - most parts take every model that meets their needs
         """Raise DecodeError if the part's settings make no sense for this model (an id outside its vocabulary)."""

@@ -54,6 +54,7 @@ class DrawnOrder(Schedule):
     """
 
     cite = ("2505.15781",)
+    random = True
 
     inner: Schedule = field(default_factory=SemiAutoregressive)
     per_step: int = 1

@@ -23,7 +23,7 @@ import torch
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import decode
-from dllm_toolkit.decoders.base import Decoder
+from dllm_toolkit.decoders.base import Decoder, Part
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.stop import AtEos, WhenFull
@@ -72,6 +72,8 @@ class Bench:
     def greedy(self) -> bool:
         """Does nothing random enter? Known for the template with the shipped proposal."""
         if not isinstance(self.decoder, BlockDecoder) or not isinstance(self.decoder.propose, Sample):
+            return False
+        if any(isinstance(one, Part) and one.random for one in self.decoder.members()):
             return False
         propose = self.decoder.propose
         return propose.temperature == 0 and propose.score != "random" and propose.order_temperature == 0
