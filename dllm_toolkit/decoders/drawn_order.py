@@ -65,6 +65,11 @@ class DrawnOrder(Schedule):
         if self.window < 0:
             raise DecodeError(f"window must be 0 or more, got {self.window}. It counts masks around each read position. Write window: 4.")
 
+    @property
+    def noisy(self) -> bool:
+        """The order is drawn, whatever the arguments."""
+        return True
+
     def max_reads(self, answer_length: int) -> int:
         return min(self.per_step, self.inner.max_reads(answer_length))
 
