@@ -268,7 +268,9 @@ def toolkit() -> str:
 
 
 def bibtex(number: str) -> str:
-    """The BibTeX entry of an arXiv number; number and year only where nothing else is known."""
+    """The BibTeX entry of an arXiv number; number and year only where nothing else is known, and a note for what is no number."""
+    if not NUMBER.fullmatch(number):
+        return _entry("misc", re.sub(r"\W", "_", number), {"note": f"repository {number}"})
     reference = BIBLIOGRAPHY.get(number)
     fields = {} if reference is None else {"title": "{" + reference.title + "}"}
     if reference is not None and reference.authors:

@@ -298,7 +298,7 @@ def _cite(arguments: argparse.Namespace) -> int:
     print(citations.bibliography(papers))
     unknown = set(papers) - set(citations.BIBLIOGRAPHY)
     if unknown:
-        print(f"note: no title is known for {', '.join(sorted(unknown))}; the entries hold number and year", file=sys.stderr)
+        print(f"note: no title is known for {', '.join(sorted(unknown))}; their entries hold no more than that", file=sys.stderr)
     return 0
 
 

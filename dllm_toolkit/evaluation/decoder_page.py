@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from dllm_toolkit import registry
-from dllm_toolkit.citations import BIBLIOGRAPHY, papers_of
+from dllm_toolkit.cache.base import Cache
+from dllm_toolkit.citations import BIBLIOGRAPHY, NUMBER, papers_of
 from dllm_toolkit.decoders.base import Decoder, Part, Revise
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
@@ -120,7 +121,7 @@ def _methods_section() -> str:
             "Drivers compose steps into a generation; every decoder above runs under `denoise`, which is `decode()`.",
             _table(("name", "what it is", "paper", "lossless"), drivers),
             "Caches, and what each asks of a model:",
-            _table(("name", "what it is", "paper", "exact", "needs"), [_cache_row(name) for name in registry.names("cache")]),
+            _table(("name", "what it is", "paper", "exact", "needs"), [_cache_row(*item) for item in _made_caches().items()]),
         )
     )
 
@@ -172,24 +173,35 @@ def _rule(part: Part | Decoder) -> str:
 def _caches(decoder: Decoder) -> list[str]:
     from dllm_toolkit.testing import contract
 
-    accepted = [cache for cache in contract.all_caches() if any(contract.fits(decoder, cache, toy) is None for toy in contract.toys())]
-    return [_cache_name(registry.name_of(cache) or type(cache).__name__) for cache in accepted]
+    toys = contract.toys()
+    return [_cache_name(name) for name, cache in _made_caches().items() if any(contract.fits(decoder, cache, toy) is None for toy in toys)]
+
+
+def _made_caches() -> dict[str, Cache]:
+    """A cache of every registered name, as the catalogue makes it: what a cache is may depend on what it is made of."""
+    from dllm_toolkit.testing import cases
+
+    makers = {name: registry.lookup("cache", name) for name in registry.names("cache")}
+    built = {case.maker: case.build for case in reversed(cases.CACHES)}
+    return {name: built.get(maker, maker)() for name, maker in makers.items()}
 
 
 def _cache_name(name: str) -> str:
     """In bold if the cache is exact."""
-    return f"**{name}**" if registry.lookup("cache", name).exact else name
+    made = _made_caches()
+    return f"**{name}**" if name in made and made[name].exact else name
 
 
-def _cache_row(name: str) -> tuple[str, ...]:
+def _cache_row(name: str, cache: Cache) -> tuple[str, ...]:
+    needs = ", ".join(need.value for need in sorted(cache.needs, key=lambda need: need.name))
     entry = registry.lookup("cache", name)
-    needs = ", ".join(need.value for need in sorted(entry.needs, key=lambda need: need.name))
-    return f"`{name}`", _first_line(entry), _links(papers_of(entry)), _yes(entry.exact), needs
+    return f"`{name}`", _first_line(entry), _links(papers_of(entry)), _yes(cache.exact), needs
 
 
 def _links(numbers: Sequence[str]) -> str:
     titles = {number: BIBLIOGRAPHY[number].title if number in BIBLIOGRAPHY else number for number in numbers}
-    return "<br>".join(f"[{title}](https://arxiv.org/abs/{number})" for number, title in titles.items())
+    linked = [f"[{title}](https://arxiv.org/abs/{key})" if NUMBER.fullmatch(key) else title for key, title in titles.items()]
+    return "<br>".join(linked)
 
 
 # --- what they did

@@ -27,8 +27,10 @@ def classes() -> list[type]:
 
 
 def test_every_cited_number_has_an_entry() -> None:
-    cited = {number for one in classes() for number in getattr(one, "cite", ())}
-    assert len(cited) >= 15 and cited <= set(citations.BIBLIOGRAPHY)
+    cited = {name for one in classes() for name in getattr(one, "cite", ())}
+    numbers = {name for name in cited if citations.NUMBER.fullmatch(name)}
+    assert len(numbers) >= 15 and numbers - set(citations.BIBLIOGRAPHY) == set()
+    assert all(re.fullmatch(r"\w+", name) for name in cited - numbers), "an arXiv number, or the name of a repository"
 
 
 def test_every_number_in_code_and_recipes_has_an_entry() -> None:
@@ -50,6 +52,10 @@ def test_entries_are_well_formed(number: str) -> None:
     assert "," not in reference.authors, "names stand as `First Last and First Last`"
     assert text.count("{") == text.count("}") and text.endswith("\n}") and f"eprint        = {{{number}}}" in text
     assert f"year          = {{20{number[:2]}}}" in text and ("author" in text) == bool(reference.authors)
+
+
+def test_a_repository_without_a_paper_is_a_note() -> None:
+    assert citations.bibtex("some-code") == "@misc{some_code,\n  note          = {repository some-code}\n}"
 
 
 def test_cite_prints_the_parts_and_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
