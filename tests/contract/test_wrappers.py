@@ -293,3 +293,12 @@ def test_it_is_a_model_and_a_component(case: Wrapping) -> None:
         tokens = torch.tensor([[1, 2, 8]])
         query = Query(tokens, torch.arange(3).unsqueeze(0), None, None, None)
         assert torch.equal(built(query), built.model(query))
+
+
+@WRAPPED
+@pytest.mark.parametrize("shift", [0, 1])
+def test_low_precision_runs(case: Wrapping, shift: int) -> None:
+    """Memory is in the model's own precision, choices are made in float32; every position is decided."""
+    model = case.around(tiny_transformer(2, shift=shift)).to(torch.bfloat16)  # type: ignore[arg-type]
+    output = decode(model, vanilla(), [[3, 1, 4], [9]], max_new_tokens=[5, 3])
+    assert output.stats.commits == [5, 3] and model.buffer(1, 4).keys.dtype == torch.bfloat16
