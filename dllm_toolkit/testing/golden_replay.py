@@ -81,7 +81,7 @@ def compare(case: Case, replays: Sequence[Replay], planned: Plan) -> dict[str, s
         commits = _from_block_start(commits, planned.waits)
     drafts = case.get("query_batch") if planned.decoder.branches > 1 else None  # drafts that are rows of the official batch
     expected = [
-        [length * times - pad for length, times in zip(case["query_lens"], drafts or [1] * case["nfe"], strict=True)]
+        [length * times - pad for length, times in zip(case["query_lens"], drafts or [1] * len(case["query_lens"]), strict=True)]
         for pad in padding(case)
     ]
     wrong: dict[str, str] = {}
