@@ -19,7 +19,7 @@ Reference: Wu and Zhang, FreeDave: free draft-and-verification, arXiv 2510.00294
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -204,10 +204,11 @@ class SelfDraft(Decoder):
 
     def _same(self, regions: Region, region: Region) -> Bool[Tensor, "B K"]:
         """Was a draft looked at as the reference process looks at the canvas that is the same?"""
-        found = (regions.epoch.view(-1, self.drafts) == region.epoch.unsqueeze(1))
-        for name in ("read", "visible", "closed", "block"):
-            one = getattr(regions, name)
-            found = found & (one.view(-1, self.drafts, one.shape[1]) == getattr(region, name).unsqueeze(1)).all(2)
+        found = regions.epoch.view(-1, self.drafts) == region.epoch.unsqueeze(1)
+        for name in (one.name for one in fields(region) if one.name != "epoch"):
+            theirs, mine = getattr(regions, name), getattr(region, name)
+            if mine is not None:
+                found = found & (theirs.view(-1, self.drafts, mine.shape[1]) == mine.unsqueeze(1)).all(2)
         return found
 
     def _source(self, branch: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
