@@ -20,8 +20,8 @@ SHIFTED = {"vanilla in blocks", "fast_dllm", "fast_dllm first release", "dream",
 METHODS = {case.maker: case.name for case in reversed(cases.DECODERS)}
 EVERYWHERE = {*METHODS.values(), "block rewriting", "block doubting", "pipeline rewriting"}
 VARIANTS = {("dual", "full"), ("block_causal", "block_causal"), ("block_causal", "causal")}
-# Where the past never sees the future, what is reused is right whatever the cache; what can go wrong is what is closed, and when.
-BLOCKWISE = {"none", "dual", "block_causal", "delayed_blocks"}
+# Where the past never sees the future, keys of closed blocks are right whatever the cache; what can go wrong is what is closed.
+BLOCKWISE = {"none", "block_causal"}
 # These meet every cache on every model that accepts it.
 ALL_ROUND = {"fast_dllm", "d2f", "block rewriting"}
 
