@@ -78,6 +78,11 @@ class SelfDraft(Decoder):
     eager: bool = False
     official_loop: bool = False
 
+    @property
+    def lossless(self) -> bool:
+        """Is the text that of the decoder inside?"""
+        return self.match == "exact" and not self.official_loop
+
     def __post_init__(self) -> None:
         if self.drafts < 1:
             raise DecodeError(f"drafts must be 1 or more, got {self.drafts}. It counts canvases of one forward. Write drafts: 4.")

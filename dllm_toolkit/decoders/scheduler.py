@@ -49,7 +49,7 @@ class NoiseSchedule(Commit):
     Reference: (repository dllm).
     """
 
-    cite = ("dllm",)
+    cite = ("2602.22661",)
 
     steps: int | None = None
     noise: Noise = "linear"
