@@ -1,6 +1,6 @@
 """The page docs/decoders.md: every registered method, and what it did in a comparison. Nothing on it is written by hand.
 
-    python -m dllm_toolkit.evaluation.decoder_page runs/compare-all docs/decoders.md [runs/compare-sweep]
+    python -m dllm_toolkit.evaluation.decoder_page runs/compare-all docs/decoders.md [runs/compare-sweep] [--against semi_ar]
 
 What a method is comes from the registry and the catalogue (testing/cases), what it did from the ledgers in the two run directories.
 Sentences are made from numbers: a difference is called one only where the 95 % interval of the paired differences excludes zero.
@@ -35,22 +35,27 @@ TEMPLATES = frozenset({"block", "denoise"})
 
 @dataclass(frozen=True)
 class Run:
-    """A comparison: its ledger and the summaries of its rows."""
+    """A comparison: its ledger and the summaries of its rows. against: the row that others are measured by; None: the baseline vanilla."""
 
     header: Header
     records: Sequence[Record]
     summaries: Sequence[Summary]
+    against: str | None = None
 
     @classmethod
-    def read(cls, directory: Path) -> Run:
-        """The run in `directory`. Raises ToolkitError if there is none."""
+    def read(cls, directory: Path, against: str | None = None) -> Run:
+        """The run in `directory`. Raises ToolkitError if there is none, or no row `against`."""
         path = directory / "ledger.jsonl"
         if not path.is_file():
             raise ToolkitError(f"there is no ledger at {path}. Run the comparison first: dllm-toolkit compare RECIPE output={directory}.")
         header, records = ledger.read(path)
         if not records:
             raise ToolkitError(f"{path} holds no whole batch. Run the comparison to its end.")
-        return cls(header, records, summaries_of(header, records))
+        summaries = summaries_of(header, records)
+        if against is not None and against not in {one.name for one in summaries}:
+            names = [one.name for one in summaries]
+            raise ToolkitError(f"{path} has no such row, got {against!r}. Methods are measured against it. Write one of {names}.")
+        return cls(header, records, summaries, against)
 
     def configuration(self, name: str) -> Mapping[str, Any]:
         return self.header.recipe["configurations"][name]
@@ -60,10 +65,10 @@ class Run:
         return {record.problem: record for record in self.records if record.configuration == name}
 
     def baseline(self, name: str) -> str | None:
-        """The row that a configuration is measured against: the autoregressive one for its own model, else vanilla; None for itself."""
+        """The row that a configuration is measured against: the autoregressive one for its own model, else `against`; None for itself."""
         own = {key: self.header.baselines.get(key) for key in ("autoregressive", "vanilla")}
         same = own["autoregressive"] is not None and self.configuration(name)["model"] == self.configuration(own["autoregressive"])["model"]
-        found = own["autoregressive"] if same else own["vanilla"]
+        found = own["autoregressive"] if same else self.against or own["vanilla"]
         return None if found == name or found not in {summary.name for summary in self.summaries} else found
 
 
@@ -446,12 +451,17 @@ def _yes(value: bool) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page, and its pictures beside it."""
+    arguments, against = list(arguments), None
+    if "--against" in arguments[:-1]:
+        place = arguments.index("--against")
+        against = arguments[place + 1]
+        del arguments[place : place + 2]
     if not 2 <= len(arguments) <= 3:
-        print("usage: python -m dllm_toolkit.evaluation.decoder_page RUN PAGE.md [SWEEP_RUN]", file=sys.stderr)
+        print("usage: python -m dllm_toolkit.evaluation.decoder_page RUN PAGE.md [SWEEP_RUN] [--against ROW]", file=sys.stderr)
         return 2
     target = Path(arguments[1])
     try:
-        run = Run.read(Path(arguments[0]))
+        run = Run.read(Path(arguments[0]), against)
         sweep = Run.read(Path(arguments[2])) if len(arguments) == 3 else None
         names = {"all": f"{target.stem}.png", "sweep": f"{target.stem}_sweep.png"}
         text = page(run, sweep, names)

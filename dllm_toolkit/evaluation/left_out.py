@@ -30,30 +30,10 @@ LEFT_OUT: tuple[LeftOut, ...] = (
         ("levenshtein",),
     ),
     LeftOut(
-        "LLaDA2.1, multi-block editing",
-        "It writes into blocks that are closed. That they never change is what an exact cache rests on, so everything behind an edit would "
-        "have to be computed again.",
-        ("2602.08676",),
-        ("multi_block_editing", "multi_block_edit"),
-    ),
-    LeftOut(
-        "dKV-Cache-Greedy",
-        "The cache must know before a forward which positions the commit rule will take after it. A rule that draws its order ahead could "
-        "tell; the shipped ones look at the logits.",
-        ("2505.15781",),
-        ("dkv_greedy", "delayed_greedy"),
-    ),
-    LeftOut(
         "ETE, branching",
         "The paper's algorithm was not accessible to us; what is built after its abstract leaves out the rows that explore alternatives.",
         ("2511.21103",),
         ("explore_branches",),
-    ),
-    LeftOut(
-        "Iteration smoothing (dInfer)",
-        "It feeds mixtures of embeddings back into masked positions. A query holds token ids: the model's contract would have to change.",
-        ("2510.08666",),
-        ("iteration_smoothing", "smoothing"),
     ),
     LeftOut(
         "Progressive block size (TDAR)",
