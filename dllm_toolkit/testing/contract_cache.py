@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from dllm_toolkit.cache.buffer import KVBuffer
@@ -151,11 +152,21 @@ def c4_poison(bench: Bench) -> None:
     for row in range(len(bench.batch)):
         for number, (a, b) in enumerate(zip(clean.asks_of(row), reused.asks_of(row), strict=False)):
             at = a.first(row, len(bench.batch))
-            visible = a.plan.visible[at] & ~a.computed[at]
+            visible = a.plan.visible[at] & ~a.computed[at] & _seen(bench, a, at)
             if bool(visible.any()) and bool(a.read[at].any()):
                 if float(gaps(a.logits[at], b.logits[at]).max()) <= TOLERANCE:
                     raise Violation(f"row {row}, forward {number}: keys that should be reused are poisoned, and nothing happened.")
                 break
+
+
+def _seen(bench: Bench, ask: Ask, at: int) -> Bool[Tensor, "L"]:
+    """Slots that a lane from which logits are read may see: with shift 1 the first of a block is read from the block before."""
+    spec, read = bench.model.spec, ask.read[at]
+    order = ask.region.block[at] if spec.attention == "block_causal" else torch.arange(read.shape[0])
+    if spec.attention == "full" or not bool(read.any()):
+        return torch.ones_like(read)
+    sources = torch.cat((read[1:], torch.zeros_like(read[:1]))) if spec.shift else read
+    return order <= order[sources].max()
 
 
 def c5_saving(bench: Bench) -> None:
