@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.answers import diversity, perplexity
 from dllm_toolkit.evaluation.order import global_order, local_order
 
 COUNTING: tuple[str, ...] = (
@@ -29,6 +30,8 @@ COUNTING: tuple[str, ...] = (
     "latency: wall seconds from handing over a batch to its last answer, mean over problems",
     "lanes: query tokens that went through the model for a row",
     "accuracy: share of problems whose final answer is right; interval: 95 % bootstrap over the problems",
+    "diversity: entropy of the right answers' choices over the largest possible, mean over answers with a choice; 1 is even",
+    "perplexity: exp of (sum of nats / sum of tokens) of the answers under the task's judge",
     "speed-up: ratio of tokens per second to the named baseline row of the same ledger",
 )
 """What every number in a ledger, a table or a picture means."""
@@ -72,7 +75,7 @@ class Record:
     prompt_tokens: int
     output: tuple[int, ...]  # answer ids, the whole budget
     pieces: tuple[str, ...]  # text of each counted token
-    text: str  # the answer up to, and without, the end of text
+    text: str  # the answer up to, and without, the end of text or the task's first stop string: what was graded
     correct: bool
     steps_right: float
     exact: bool
@@ -90,6 +93,7 @@ class Record:
     batch_rows: int
     batch_seconds: float
     seed: int
+    raw_text: str = ""  # the same without regard to stop strings
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -118,6 +122,8 @@ class Summary:
     batch_size: int
     speedup_vs_ar: float | None = None
     speedup_vs_vanilla: float | None = None
+    diversity: float | None = None  # 0..1, of tasks whose answers have a choice
+    perplexity: float | None = None  # of tasks with a judge
 
 
 def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
@@ -186,6 +192,8 @@ def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None
         batch_size=max(r.batch_rows for r in rows),
         speedup_vs_ar=versus_ar,
         speedup_vs_vanilla=versus_vanilla,
+        diversity=diversity([r.extra for r in rows]),
+        perplexity=perplexity([(r.extra.get("judge_loss", 0.0), r.extra.get("judge_tokens", 0)) for r in rows]),
     )
 
 

@@ -22,6 +22,8 @@ from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Ledger, Record
 from dllm_toolkit.evaluation.tasks import Problem, Task
 
+Templates = tuple[tuple[int | None, ...], ...] | None
+"""Of each problem the answer's skeleton, None for what is to be decoded; or None where answers have no skeleton."""
 MOST_THREADS = 1024  # more than any machine has cores; torch fails without a word far beyond it
 
 
@@ -64,13 +66,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration with its loaded model and the encoded prompts."""
+    """A configuration with its loaded model, the encoded prompts and, for infilling, the answers' skeletons."""
 
     name: str
     model: Any
     decoder: Decoder
     cache: Cache
     prompts: tuple[tuple[int, ...], ...]
+    templates: Templates = None
 
 
 def fill(
@@ -131,7 +134,8 @@ def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
         row.model,
         row.decoder,
         [list(row.prompts[index]) for index in batch],
-        max_new_tokens=run.max_new_tokens,
+        max_new_tokens=run.max_new_tokens if row.templates is None else None,
+        templates=None if row.templates is None else [row.templates[index] for index in batch],
         cache=row.cache,
         seed=[run.seed + index for index in batch],
         compile=run.compile,
@@ -154,7 +158,8 @@ def _records(
         problem, prompt, ids = problems[problem_index], row.prompts[problem_index], output.tokens[index]
         counted = ledger.answer_tokens(ids, spec.eos_ids)
         body = ids[:counted]
-        text = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
+        raw = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
+        text = task.cut(raw)
         grade = task.grade(problem, text)
         records.append(
             Record(
@@ -184,6 +189,7 @@ def _records(
                 batch_rows=len(batch),
                 batch_seconds=stats.seconds,
                 seed=run.seed + problem_index,
+                raw_text=raw,
                 extra=dict(grade.extra),
             )
         )
