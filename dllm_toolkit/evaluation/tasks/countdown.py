@@ -13,7 +13,7 @@ from dllm_toolkit.evaluation.tasks.base import Grade, Problem, Task, TaskError, 
 
 _REQUEST = (
     "Use the numbers {numbers} with + - * / and brackets to make {target}. Use each number exactly once. "
-    "Work it out, then write one expression on the last line."
+    "Write the expression on the last line."
 )
 _EXAMPLES = (
     ((6, 2, 7), 19, "6 * 2 + 7"),

@@ -73,8 +73,8 @@ class ListOperations(Task):
 
     def extraction(self) -> str:
         return (
-            "the first line with a comma, else the first with anything, without what stands before a colon, brackets, quotes and a "
-            "last full stop; names are compared one by one. steps_right: share of the places that are as in the reference, 1 for any right answer"
+            "the first line with a comma, else the first with anything, without what stands before a colon, brackets, quotes and a last "
+            "stop; names are compared one by one. steps_right: share of the places that are as in the reference, 1 for any right answer"
         )
 
     def grade(self, problem: Problem, text: str) -> Grade:

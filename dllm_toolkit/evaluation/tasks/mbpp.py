@@ -88,14 +88,14 @@ class MBPP(Task):
 
     def extraction(self) -> str:
         return (
-            "the first code block if there is one, else the whole text; run with the problem's set-up code and its tests in the sandbox "
-            f"({self.seconds} s, {self.memory} MiB)"
+            "the first code block if there is one, else the whole text; run, then the problem's set-up code, then each of its tests, in the "
+            f"sandbox ({self.seconds} s, {self.memory} MiB)"
         )
 
     def grade(self, problem: Problem, text: str) -> Grade:
         self.ready()
         code = programs.fenced(text)
-        program = f"{problem.meta['setup']}\n{text if code is None else code}\n"
+        program = f"{text if code is None else code}\n{problem.meta['setup']}\n"  # two set-ups use a class of the answer
         return programs.grade_program(program, problem.meta["tests"], self._limits, exact=text.strip() == problem.reference.strip())
 
 
