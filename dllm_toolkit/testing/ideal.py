@@ -4,7 +4,7 @@
 position given the decided ones. Whatever a decoder gets wrong on it, the decoder has done, not the model. For the open list operations on n
 names, one token a name, the numbers are known in closed form:
 
-    total correlation      bits that any decode in one step loses at least:   shuffle n log2 n - log2 n!     replace (n-1)(log2 n - log2(n-1))
+    total correlation      bits that any decode in one step loses at least: shuffle n log2 n - log2 n!, replace (n-1)(log2 n - log2(n-1))
     sampled accuracy       shuffle, k names a step, k | n:  prod_i  m_i! / (m_i - k)! / m_i^k   with m_i = n - (i-1) k left in step i
                            replace in one step:  ((n-1)/n)^(n-1)
 

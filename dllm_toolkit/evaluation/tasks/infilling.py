@@ -21,7 +21,8 @@ from dllm_toolkit.evaluation.tasks.base import Gap, Grade, Problem, Task, TaskEr
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.recipe import Lazy
 
-_SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*(?=\s|$)", re.DOTALL)
+# A sentence ends where the next one starts with a capital or a digit: `"Are we there?" asked Mia.` is one.
+_SENTENCE = re.compile(r".*?[.!?]+[\"'\u201d\u2019]*(?=\s+[\"'\u201c\u2018]?[A-Z0-9]|\s*$)", re.DOTALL)
 
 
 @registry.register("task", "infilling")

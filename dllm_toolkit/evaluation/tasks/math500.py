@@ -76,7 +76,7 @@ class MATH500(Task):
         return () if self.chat else ("Problem:",)
 
     def extraction(self) -> str:
-        return "the last \\boxed{}, else the last formula or number, as math-verify parses it; compared by value with math-verify"
+        return "the last \\boxed{} (boxes side by side: one set), else the last formula or number, as math-verify reads it, by value"
 
     def grade(self, problem: Problem, text: str) -> Grade:
         answer = problem.meta["answer"]

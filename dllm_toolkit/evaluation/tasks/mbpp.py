@@ -88,8 +88,8 @@ class MBPP(Task):
 
     def extraction(self) -> str:
         return (
-            "the first code block if there is one, else the whole text; run, then the problem's set-up code, then each of its tests, in the "
-            f"sandbox ({self.seconds} s, {self.memory} MiB)"
+            "the first code block if there is one, else the whole text; run, then the problem's set-up code, then each of its tests, in "
+            f"the sandbox ({self.seconds} s, {self.memory} MiB)"
         )
 
     def grade(self, problem: Problem, text: str) -> Grade:
