@@ -24,7 +24,7 @@ from dllm_toolkit.evaluation.order import global_order, local_order
 
 COUNTING: tuple[str, ...] = (
     "forwards (nfe): model invocations of a row until that row finished, prefill included",
-    "tokens: answer tokens up to and including the first end of text; all of them if there is none; no padding",
+    "tokens: answer tokens up to and including the first end of text; all if there is none; no padding, nothing that was given",
     "tokens per forward: sum of tokens / sum of forwards over the problems (a ratio of sums; the mean over rows stands beside it)",
     "tokens per second: sum of tokens / sum of wall seconds of the batches; prefill included, loading and warm-up excluded",
     "latency: wall seconds from handing over a batch to its last answer, mean over problems",
@@ -94,6 +94,7 @@ class Record:
     batch_seconds: float
     seed: int
     raw_text: str = ""  # the same without regard to stop strings
+    given: int = 0  # of `tokens`, those that stood in the answer without the model's doing: pinned by the task
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -158,7 +159,7 @@ def summarise(records: Sequence[Record], *, autoregressive: str | None = None, v
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.configuration, []).append(record)
-    rates = {name: _ratio(sum(r.tokens for r in rows), sum(r.seconds for r in rows)) for name, rows in groups.items()}
+    rates = {name: _ratio(sum(r.tokens - r.given for r in rows), sum(r.seconds for r in rows)) for name, rows in groups.items()}
 
     def against(name: str, baseline: str | None) -> float | None:
         return None if baseline not in rates or rates[baseline] <= 0 else rates[name] / rates[baseline]
@@ -179,15 +180,15 @@ def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None
         steps_right=sum(r.steps_right for r in rows) / count,
         exact=sum(r.exact for r in rows) / count,
         tokens_per_second=rate,
-        tokens_per_forward=_ratio(sum(r.tokens for r in rows), sum(r.nfe for r in rows)),
-        tokens_per_forward_mean=sum(_ratio(r.tokens, r.nfe) for r in rows) / count,
+        tokens_per_forward=_ratio(sum(r.tokens - r.given for r in rows), sum(r.nfe for r in rows)),
+        tokens_per_forward_mean=sum(_ratio(r.tokens - r.given, r.nfe) for r in rows) / count,
         nfe=sum(r.nfe for r in rows) / count,
         latency=sum(r.batch_seconds for r in rows) / count,
         lanes=sum(r.lanes for r in rows) / count,
         forced_share=_ratio(sum(r.forced for r in rows), sum(r.commits for r in rows)),
         order_local=sum(local_order(born) for born in counted) / count,
         order_global=sum(global_order(born) for born in counted) / count,
-        tokens=sum(r.tokens for r in rows),
+        tokens=sum(r.tokens - r.given for r in rows),
         seconds=sum(r.seconds for r in rows),
         batch_size=max(r.batch_rows for r in rows),
         speedup_vs_ar=versus_ar,

@@ -190,6 +190,7 @@ def _records(
                 batch_seconds=stats.seconds,
                 seed=run.seed + problem_index,
                 raw_text=raw,
+                given=0 if row.templates is None else sum(one is not None for one in row.templates[problem_index][:counted]),
                 extra=dict(grade.extra),
             )
         )

@@ -296,13 +296,14 @@ def test_infilling_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     assert code == 0 and len(records) == 3
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
-    assert row["perplexity"] > 1 and row["diversity"] is None
+    assert row["perplexity"] > 1 and row["diversity"] is None and row["tokens"] == sum(record.tokens - record.given for record in records)
     for problem, record in zip(Infilling(size=3).problems(), records, strict=True):
         # What is pinned stays, is not counted as decoded, and was born at no step.
         assert record.text.startswith(problem.meta["before"]) or record.tokens < record.canvas_tokens
         gap = sum(born >= 0 for born in record.born)
         tokens = fresh(width=16, layers=1, heads=2).tokenizer.encode(problem.meta["gap"], add_special_tokens=False)
         assert gap == len(tokens) == record.commits and record.canvas_tokens > gap
+        assert record.tokens < record.canvas_tokens or record.tokens - record.given == gap  # the rates count what was decoded
 
 
 def test_raw_and_cut_text_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

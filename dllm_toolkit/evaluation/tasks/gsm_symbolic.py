@@ -7,6 +7,7 @@ The templates were written from 100 problems of GSM8K's test set. So a model tha
 disguise: do not report its score on GSM8K's test problems.
 """
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ def split_of(question: str) -> Literal["train", "heldout"]:
 def generate(seed: int, split: str) -> Iterator[tuple[str, str, int]]:
     """Endless question, solution and template of a split, each question once. Raises TaskError without reasoning-gym."""
     try:
-        import reasoning_gym
+        reasoning_gym = importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise TaskError(
             "gsm_symbolic needs the package reasoning-gym, which is not installed. It holds the templates. "

@@ -3,6 +3,7 @@
 Whether two formulas mean the same is decided by the package math-verify. It is optional: pip install 'dllm-toolkit[eval]'.
 """
 
+import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _squeezed(formula: str) -> str:
 
 def _math_verify() -> Any:
     try:
-        import math_verify
+        math_verify = importlib.import_module("math_verify")
     except ImportError as error:
         raise TaskError(
             "math500 needs the package math-verify, which is not installed. It says whether two formulas mean the same. "

@@ -6,6 +6,7 @@ read with `datasets` if it is installed and the network answers. Nothing is stor
 
 import csv
 import gzip
+import importlib
 import io
 import json
 import zlib
@@ -68,7 +69,7 @@ def hub(name: str, split: str, columns: Sequence[str], *, config: str | None = N
     """The rows of a data set of the hub. `where`: the argument that a local file would go to, for errors."""
     instead = f"Write task.{where}=FILE for a local copy"
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise TaskError(
             f"{where} is null, and {name} cannot be fetched without the package datasets. {instead}, or: pip install 'dllm-toolkit[eval]'."
