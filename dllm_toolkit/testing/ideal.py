@@ -47,31 +47,40 @@ def right_answers(operation: str, items: Sequence[int], new: int) -> list[tuple[
 class Ideal(Toy):
     """Exact conditionals of a uniform distribution over `answers`, which stand at canvas positions `first`, `first + 1`, ...
 
-    Positions outside the answer, and an answer that no right one agrees with any more, get even logits over all tokens. Decode without a
-    cache: the model reads what is decided off the query. Every row has the same distribution.
+    Each lane answers for its own position, given the decided tokens that `allow` lets it see and its own. Positions outside the answer, and
+    tokens that no right answer agrees with, get even logits. Decode without a cache: every slot that is seen is part of the forward. Every
+    row has the same distribution.
     """
 
     def __init__(self, answers: Sequence[Sequence[int]], first: int, spec: ModelSpec | None = None) -> None:
         super().__init__(spec)
+        assert self.spec.shift == 0
         self.answers = torch.tensor(answers)  # [K, n]
         self.first = first
 
     def __call__(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
-        assert self.spec.shift == 0
+        (rows, lanes), mask_id = query.tokens.shape, self.spec.mask_id
+        slots = torch.arange(lanes).expand(rows, lanes) if query.slots is None else query.slots  # [B, W]
+        size = lanes if kv is None else kv.slots
+        tokens = torch.full((rows, size), mask_id).scatter(1, slots, query.tokens)  # [B, S]
+        places = torch.full((rows, size), -1).scatter(1, slots, query.positions) - self.first
+        if kv is not None:
+            tokens[:, -1] = mask_id  # the trash slot
         length, vocabulary = self.answers.shape[1], self.spec.vocab_size
-        positions = torch.arange(self.first, self.first + length)
-        # The canvas as far as this forward shows it: [B, S]; positions that it does not show count as undecided.
-        rows, size = query.tokens.shape[0], int(query.positions.max()) + self.first + length + 1
-        canvas = torch.full((rows, size), self.spec.mask_id).scatter(1, query.positions, query.tokens)
-        known = canvas[:, positions]  # [B, n]
-        agree = ((known.unsqueeze(1) == self.answers) | (known == self.spec.mask_id).unsqueeze(1)).all(2)  # [B, K]
-        counts = torch.zeros(rows, size, vocabulary, dtype=torch.float64)
-        one_hot = torch.nn.functional.one_hot(self.answers, vocabulary).double()  # [K, n, V]
-        counts[:, positions] = torch.einsum("bk,knv->bnv", agree.double(), one_hot)
+        inside = (places >= 0) & (places < length)
+        wanted = self.answers.T[places.clamp(0, length - 1)]  # [B, S, K]: what each answer has there
+        conflict = (inside & (tokens != mask_id)).unsqueeze(2) & (tokens.unsqueeze(2) != wanted)  # [B, S, K]
+        allow = torch.ones(rows, lanes, size, dtype=torch.bool) if query.allow is None else query.allow
+        agree = (allow.double() @ conflict.double()) == 0  # [B, W, K]
+        agree &= ~conflict.gather(1, slots.unsqueeze(2).expand(-1, -1, len(self.answers)))
+        read = slots if query.read is None else query.read  # [B, R]
+        lane = torch.zeros(rows, size, dtype=torch.long).scatter(1, slots, torch.arange(lanes).expand(rows, lanes)).gather(1, read)
+        agree = agree.gather(1, lane.unsqueeze(2).expand(-1, -1, len(self.answers)))  # [B, R, K]
+        agree &= inside.gather(1, read).unsqueeze(2)
+        counts = torch.zeros(*agree.shape[:2], vocabulary, dtype=torch.float64)
+        counts.scatter_add_(2, wanted.gather(1, read.unsqueeze(2).expand_as(agree)), agree.double())
         total = counts.sum(2, keepdim=True)
-        chances = torch.where(total > 0, counts / total.clamp(min=1), 1.0 / vocabulary)
-        read = (query.positions if query.read is None else query.read).clamp(max=size - 1)
-        return chances.log().gather(1, read.unsqueeze(-1).expand(-1, -1, vocabulary))
+        return torch.where(total > 0, counts / total.clamp(min=1), 1.0 / vocabulary).log()
 
 
 def entropies(answers: Sequence[Sequence[int]]) -> list[float]:

@@ -19,6 +19,8 @@ from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.schedule import SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import WhenFull
 from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.testing import cases
+from dllm_toolkit.testing.case import Case
 from dllm_toolkit.testing.ideal import (
     Ideal,
     correlation,
@@ -28,6 +30,8 @@ from dllm_toolkit.testing.ideal import (
     right_answers,
     shuffle_accuracy,
 )
+from dllm_toolkit.testing.models import toy_spec
+from dllm_toolkit.types import Need
 
 PROMPT = [20, 21]
 NEW = 12
@@ -226,3 +230,19 @@ def test_factor_rule_is_sequential_where_nothing_is_sure() -> None:
 def test_entropy_budget_below_one_bit_is_sequential() -> None:
     decoder = entropy_bounded(block_length=None, budget=0.1, temperature=1.0)
     assert accuracy(decoder, "shuffle", 4, rows=256) == 1.0
+
+
+# --- every decoder that ships
+
+
+def _needs(case: Case) -> set[Need]:
+    return {need for member in case.build().members() for need in member.needs}
+
+
+@pytest.mark.parametrize("case", [case for case in cases.DECODERS if Need.CAUSAL not in _needs(case)], ids=str)
+def test_every_decoder_copies_what_it_is_sure_of(case: Case) -> None:
+    """Total correlation 0: however many tokens a method writes at once, they fit each other."""
+    answers = right_answers("copy", [6, 11, 4, 9, 13, 8, 10, 14], NEW)
+    spec = toy_spec("block_causal" if Need.BLOCK_CAUSAL in _needs(case) else "full")
+    output = decode(Ideal(answers, len(PROMPT), spec), case.build(), [PROMPT] * 2, max_new_tokens=8)
+    assert output.tokens == [list(answers[0])] * 2
