@@ -56,7 +56,7 @@ def task_stand_in(task: dict, models: dict, directory: Path) -> list[str]:
     changed += [f"task.examples={files['gsm8k_train']}"] if "examples" in task else []
     changed += ["task.execute=true"] if "execute" in task else []
     changed += ["task.chat=false"] if "chat" in task else []
-    if any(not model["path"].startswith("asset:") for model in models.values()):
+    if any(not model.get("path", "asset:").startswith("asset:") for model in models.values()):
         changed += [f"models.{key}={{_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024}}" for key in models]
         changed += ["run.dtype=float32"]
     return changed
