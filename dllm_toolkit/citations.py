@@ -34,6 +34,90 @@ def _names(*authors: str) -> str:
 
 
 BIBLIOGRAPHY: dict[str, Reference] = {
+    "2103.03874": Reference(
+        "Measuring Mathematical Problem Solving With the MATH Dataset",
+        _names(
+            "Dan Hendrycks", "Collin Burns", "Saurav Kadavath", "Akul Arora", "Steven Basart", "Eric Tang", "Dawn Song", "Jacob Steinhardt"
+        ),
+    ),
+    "2103.07191": Reference(
+        "Are NLP Models really able to Solve Simple Math Word Problems?", _names("Arkil Patel", "Satwik Bhattamishra", "Navin Goyal")
+    ),
+    "2107.03374": Reference(
+        "Evaluating Large Language Models Trained on Code", _names("Mark Chen", "Jerry Tworek", "Heewoo Jun", "others")
+    ),
+    "2108.07732": Reference(
+        "Program Synthesis with Large Language Models",
+        _names(
+            "Jacob Austin",
+            "Augustus Odena",
+            "Maxwell Nye",
+            "Maarten Bosma",
+            "Henryk Michalewski",
+            "David Dohan",
+            "Ellen Jiang",
+            "Carrie Cai",
+            "Michael Terry",
+            "Quoc Le",
+            "Charles Sutton",
+        ),
+    ),
+    "2110.14168": Reference(
+        "Training Verifiers to Solve Math Word Problems",
+        _names(
+            "Karl Cobbe",
+            "Vineet Kosaraju",
+            "Mohammad Bavarian",
+            "Mark Chen",
+            "Heewoo Jun",
+            "Lukasz Kaiser",
+            "Matthias Plappert",
+            "Jerry Tworek",
+            "Jacob Hilton",
+            "Reiichiro Nakano",
+            "Christopher Hesse",
+            "John Schulman",
+        ),
+    ),
+    "2305.20050": Reference(
+        "Let's Verify Step by Step",
+        _names(
+            "Hunter Lightman",
+            "Vineet Kosaraju",
+            "Yura Burda",
+            "Harri Edwards",
+            "Bowen Baker",
+            "Teddy Lee",
+            "Jan Leike",
+            "John Schulman",
+            "Ilya Sutskever",
+            "Karl Cobbe",
+        ),
+    ),
+    "2410.05229": Reference(
+        "GSM-Symbolic: Understanding the Limitations of Mathematical Reasoning in Large Language Models",
+        _names("Iman Mirzadeh", "Keivan Alizadeh", "Hooman Shahrokhi", "Oncel Tuzel", "Samy Bengio", "Mehrdad Farajtabar"),
+    ),
+    "2504.12216": Reference(
+        "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
+        _names("Siyan Zhao", "Devaansh Gupta", "Qinqing Zheng", "Aditya Grover"),
+    ),
+    "2510.04767": Reference(
+        "ParallelBench: Understanding the Trade-offs of Parallel Decoding in Diffusion LLMs",
+        _names(
+            "Wonjun Kang",
+            "Kevin Galim",
+            "Seunghyuk Oh",
+            "Minjae Lee",
+            "Yuchen Zeng",
+            "Shuibai Zhang",
+            "Coleman Hooper",
+            "Yuezhou Hu",
+            "Hyung Il Koo",
+            "Nam Ik Cho",
+            "Kangwook Lee",
+        ),
+    ),
     "2106.09685": Reference(
         "LoRA: Low-Rank Adaptation of Large Language Models",
         _names("Edward J. Hu", "Yelong Shen", "Phillip Wallis", "Zeyuan Allen-Zhu", "Yuanzhi Li", "Shean Wang", "Lu Wang", "Weizhu Chen"),

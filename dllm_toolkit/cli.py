@@ -139,8 +139,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "show",
             _show,
             "spell out a recipe without running it",
-            "Checks the recipe, then prints each decoder's step as text, the recipe with its base and its\n"
-            "overrides resolved, and its hash. Loads no model.",
+            "Checks the recipe, then prints each decoder's step as text, the task's first prompt with its stop\n"
+            "strings and its rule of grading, the recipe with its base and its overrides resolved, and its\n"
+            "hash. Loads no model.",
             "show recipes/quickstart.yaml",
             "show recipes/quickstart.yaml configurations.d2f.decoder.threshold=0.8",
         )
@@ -283,7 +284,11 @@ def _show(arguments: argparse.Namespace) -> int:
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     root = _root_of(loaded.tree)
     loaded = loaded.checked(root)
-    print(recipe.describe(loaded.build(root)))
+    built = loaded.build(root)
+    print(recipe.describe(built))
+    task = getattr(built, "task", None)
+    if task is not None:
+        print(f"\n# the task\n{task.describe()}")
     print(f"\n# resolved recipe, hash {loaded.hash()}\n{loaded.to_yaml()}", end="")
     return 0
 

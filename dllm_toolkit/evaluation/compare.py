@@ -24,9 +24,9 @@ from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger, provenance, report
 from dllm_toolkit.evaluation.ledger import Header, Summary
-from dllm_toolkit.evaluation.measure import CompareError, Row, RunOptions, fill, find_device
+from dllm_toolkit.evaluation.measure import CompareError, Row, RunOptions, Templates, fill, find_device
 from dllm_toolkit.evaluation.report import ReportOptions
-from dllm_toolkit.evaluation.tasks import Problem, Task
+from dllm_toolkit.evaluation.tasks import Gap, Problem, Task
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.recipe import Lazy, Recipe
 
@@ -101,9 +101,11 @@ def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
     try:
         if built.run.threads is not None:
             torch.set_num_threads(built.run.threads)
-        problems = _problems(built.task)
+        with _placed(recipe, "task"):
+            built.task.ready()
+            problems = _problems(built.task)
         rows = _rows(recipe, built, problems)
-        header = _header(recipe, built, rows, device)
+        header = _header(recipe, built, rows, problems, device)
         path = built.output / "ledger.jsonl"
         with ledger.open_ledger(path, header) as book:
             with ledger.written(built.output / "recipe.yaml"):
@@ -151,41 +153,61 @@ def _rows(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> 
             models[key] = key.build()
         return models[key]
 
-    encoded: dict[object, tuple[tuple[int, ...], ...]] = {}
+    encoded: dict[object, tuple[tuple[tuple[int, ...], ...], Templates]] = {}
     rows = []
     for name, configuration in built.configurations.items():
         key, model = built.models[configuration.model], load(configuration.model)
         if key not in encoded:
             with _placed(recipe, "run", "max_new_tokens"):
-                encoded[key] = _encode(model, configuration.model, problems, built.run.max_new_tokens)
+                encoded[key] = _encode(model, configuration.model, built.task, problems, built.run.max_new_tokens)
         for keys, cache in ((("decoder",), NoCache()), (("cache",), configuration.cache)):
             with _placed(recipe, "configurations", name, *keys):
                 check(model.spec, configuration.decoder, cache)
         driver = with_loaded(configuration.driver, lambda _, other: load(other))
         with _placed(recipe, "configurations", name, "driver"):
             driver.check(model, configuration.decoder, configuration.cache)
-        rows.append(Row(name, model, configuration.decoder, configuration.cache, encoded[key], driver))
+        rows.append(Row(name, model, configuration.decoder, configuration.cache, *encoded[key], driver))
     return rows
 
 
-def _encode(model: Any, name: str, problems: Sequence[Problem], budget: int) -> tuple[tuple[int, ...], ...]:
+def _encode(model: Any, name: str, task: Task, problems: Sequence[Problem], budget: int) -> tuple[tuple[tuple[int, ...], ...], Templates]:
+    """Prompts as ids, and the answers' skeletons if the task has them."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise CompareError(f"models.{name} has no tokenizer. Prompts are text. Put tokenizer.json beside its model.safetensors.")
-    prompts = tuple(tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)) for problem in problems)
-    for problem, prompt in zip(problems, prompts, strict=True):
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    prompts = tuple(ids(task.render(problem, tokenizer)) for problem in problems)
+    templates = None
+    if any(problem.skeleton is not None for problem in problems):
+        templates = tuple(
+            tuple(
+                one
+                for part in problem.skeleton or ()
+                for one in ([None] * len(ids(part.reference)) if isinstance(part, Gap) else ids(part))
+            )
+            for problem in problems
+        )
+    lengths = [budget] * len(prompts) if templates is None else [len(template) for template in templates]
+    for problem, prompt, length in zip(problems, prompts, lengths, strict=True):
         if not prompt:
             raise CompareError(f"the prompt of {problem.id} is empty for models.{name}. There is nothing to answer. Change the task.")
-        if len(prompt) + budget > model.spec.max_positions:
+        if length == 0:
+            raise CompareError(f"the skeleton of {problem.id} is empty for models.{name}. There is nothing to fill. Change the task.")
+        if len(prompt) + length > model.spec.max_positions:
+            room = model.spec.max_positions - len(prompt)
+            shorter = f"run.max_new_tokens={room} or less" if room > 0 and templates is None else "another model, or fewer task.shots"
             raise CompareError(
-                f"the prompt of {problem.id} has {len(prompt)} tokens and the answer {budget}, but models.{name} has "
-                f"{model.spec.max_positions} positions. Write run.max_new_tokens={max(1, model.spec.max_positions - len(prompt))} or less."
+                f"the prompt of {problem.id} has {len(prompt)} tokens and the answer {length}, but models.{name} has "
+                f"{model.spec.max_positions} positions. Write {shorter}."
             )
-    check_prompts(model.spec, prompts, [budget] * len(prompts))
-    return prompts
+    check_prompts(model.spec, prompts, lengths)
+    return prompts, templates
 
 
-def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], device: torch.device) -> Header:
+def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], problems: Sequence[Problem], device: torch.device) -> Header:
     weights = {
         f"weights.{name}": provenance.weights_fingerprint(next(row.model for row in rows if built.configurations[row.name].model == name))
         for name in dict.fromkeys(configuration.model for configuration in built.configurations.values())
@@ -199,7 +221,7 @@ def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], device: t
     return Header(
         recipe_hash=ledger.recipe_hash(recipe.tree),
         recipe=recipe.tree,
-        made_of={"code": provenance.code_fingerprint(parts), **weights},
+        made_of={"code": provenance.code_fingerprint(parts), "problems": provenance.problems_fingerprint(problems), **weights},
         made_on={
             "device": provenance.device_name(device),
             "kind": device.type,

@@ -19,16 +19,19 @@ from typing import IO, Any
 import numpy as np
 
 from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.answers import diversity, perplexity
 from dllm_toolkit.evaluation.order import global_order, local_order
 
 COUNTING: tuple[str, ...] = (
     "forwards (nfe): model invocations of a row until that row finished, prefill included",
-    "tokens: answer tokens up to and including the first end of text; all if there is none; no padding, nothing that a driver wrote",
+    "tokens: answer tokens up to and including the first end of text; all if there is none; no padding, nothing that was given",
     "tokens per forward: sum of tokens / sum of forwards over the problems (a ratio of sums; the mean over rows stands beside it)",
     "tokens per second: sum of tokens / sum of wall seconds of the batches; prefill included, loading and warm-up excluded",
     "latency: wall seconds from handing over a batch to its last answer, mean over problems",
     "lanes: query tokens that went through the model for a row",
     "accuracy: share of problems whose final answer is right; interval: 95 % bootstrap over the problems",
+    "diversity: entropy of the right answers' choices over the largest possible, mean over answers with a choice; 1 is even",
+    "perplexity: exp of (sum of nats / sum of tokens) of the answers under the task's judge",
     "speed-up: ratio of tokens per second to the named baseline row of the same ledger",
 )
 """What every number in a ledger, a table or a picture means."""
@@ -72,7 +75,7 @@ class Record:
     prompt_tokens: int
     output: tuple[int, ...]  # answer ids, the whole budget
     pieces: tuple[str, ...]  # text of each counted token
-    text: str  # the answer up to, and without, the end of text
+    text: str  # the answer up to, and without, the end of text or the task's first stop string: what was graded
     correct: bool
     steps_right: float
     exact: bool
@@ -90,7 +93,8 @@ class Record:
     batch_rows: int
     batch_seconds: float
     seed: int
-    given: int = 0  # of `tokens`, those that a driver wrote into the answer without the model
+    raw_text: str = ""  # the same without regard to stop strings
+    given: int = 0  # of `tokens`, those that stood in the answer without the model's doing: pinned by the task, or written by a driver
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -119,6 +123,8 @@ class Summary:
     batch_size: int
     speedup_vs_ar: float | None = None
     speedup_vs_vanilla: float | None = None
+    diversity: float | None = None  # 0..1, of tasks whose answers have a choice
+    perplexity: float | None = None  # of tasks with a judge
 
 
 def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
@@ -187,6 +193,8 @@ def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None
         batch_size=max(r.batch_rows for r in rows),
         speedup_vs_ar=versus_ar,
         speedup_vs_vanilla=versus_vanilla,
+        diversity=diversity([r.extra for r in rows]),
+        perplexity=perplexity([(r.extra.get("judge_loss", 0.0), r.extra.get("judge_tokens", 0)) for r in rows]),
     )
 
 

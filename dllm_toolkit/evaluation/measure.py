@@ -24,6 +24,8 @@ from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Ledger, Record
 from dllm_toolkit.evaluation.tasks import Problem, Task
 
+Templates = tuple[tuple[int | None, ...], ...] | None
+"""Of each problem the answer's skeleton, None for what is to be decoded; or None where answers have no skeleton."""
 MOST_THREADS = 1024  # more than any machine has cores; torch fails without a word far beyond it
 
 
@@ -66,13 +68,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration with its loaded model and the encoded prompts; the driver holds its other models, loaded too."""
+    """A configuration with its loaded model, encoded prompts, and answers' skeletons for infilling; the driver holds its other models."""
 
     name: str
     model: Any
     decoder: Decoder
     cache: Cache
     prompts: tuple[tuple[int, ...], ...]
+    templates: Templates = None
     driver: Driver = field(default_factory=Denoise)
 
     @property
@@ -141,7 +144,8 @@ def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
         row.model,
         row.decoder,
         [list(row.prompts[index]) for index in batch],
-        max_new_tokens=run.max_new_tokens,
+        max_new_tokens=run.max_new_tokens if row.templates is None else None,
+        templates=None if row.templates is None else [row.templates[index] for index in batch],
         cache=row.cache,
         seed=[run.seed + index for index in batch],
         compile=run.compile,
@@ -164,7 +168,8 @@ def _records(
         problem, prompt, ids = problems[problem_index], row.prompts[problem_index], output.tokens[index]
         counted = ledger.answer_tokens(ids, spec.eos_ids)
         body = ids[:counted]
-        text = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
+        raw = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
+        text = task.cut(raw)
         grade = task.grade(problem, text)
         records.append(
             Record(
@@ -194,11 +199,18 @@ def _records(
                 batch_rows=len(batch),
                 batch_seconds=stats.seconds,
                 seed=run.seed + problem_index,
-                given=int(stats.extra["given"][index]) if "given" in stats.extra else 0,
+                raw_text=raw,
+                given=_given(row, problem_index, index, counted, output),
                 extra={**grade.extra, **{name: values[index] for name, values in stats.extra.items() if name != "given"}},
             )
         )
     return records
+
+
+def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:
+    """Of the counted tokens those that were pinned by the task or written by the driver."""
+    pinned = 0 if row.templates is None else sum(one is not None for one in row.templates[problem][:counted])
+    return pinned + (int(output.stats.extra["given"][index]) if "given" in output.stats.extra else 0)
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

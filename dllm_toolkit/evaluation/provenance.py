@@ -14,6 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,9 @@ _DECIDING = (
     "drivers",
     "models",
     "data",
-    "evaluation/tasks.py",
+    "evaluation/tasks",
+    "evaluation/sandbox.py",
+    "evaluation/sandbox_guard.py",
     "evaluation/measure.py",
 )
 """Parts of the package that can change an answer or its speed; a new colour in a report is none of them."""
@@ -87,10 +90,18 @@ def weights_fingerprint(model: object, samples: int = 64) -> str:
     return digest.hexdigest()[:16]
 
 
+def problems_fingerprint(problems: Iterable[Any]) -> str:
+    """Digest of what is asked: a data file that changed under its path makes another comparison."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(repr((problem.id, problem.prompt, problem.prefill, problem.skeleton, problem.reference)).encode())
+    return digest.hexdigest()[:16]
+
+
 def versions() -> dict[str, str]:
     """Python, this package and the libraries that can change a number; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for name in ("dllm-toolkit", "torch", "transformers", "tokenizers", "numpy", "peft"):
+    for name in ("dllm-toolkit", "torch", "transformers", "tokenizers", "numpy", "peft", "math-verify", "reasoning-gym"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

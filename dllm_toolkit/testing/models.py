@@ -83,7 +83,7 @@ def tiny_transformer(
     return model
 
 
-class _Toy:
+class Toy:
     """What models without weights share: a spec and the smallest K/V buffer."""
 
     def __init__(self, spec: ModelSpec | None = None) -> None:
@@ -104,7 +104,7 @@ class _Toy:
         return torch.where(read < kv.slots, read + self.spec.shift, read)
 
 
-class Oracle(_Toy):
+class Oracle(Toy):
     """Logits are a hash of (position, token) and nothing else: order, batch and cache cannot change the answer.
 
     sharpness: the largest logit; 10 spreads the best probability over about 0.3 .. 0.9.
@@ -130,7 +130,7 @@ class Oracle(_Toy):
         return self.at(self._predicted(query, kv))
 
 
-class Scripted(_Toy):
+class Scripted(Toy):
     """The n-th forward answers with the n-th item of `script`, [L, V] or [B, L, V] on the canvas; the last item repeats."""
 
     def __init__(self, script: Sequence[Tensor], spec: ModelSpec | None = None) -> None:

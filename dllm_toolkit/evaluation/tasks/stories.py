@@ -1,57 +1,14 @@
-"""Tasks: problems with prompts, and a grader of answers.
+"""Story arithmetic as a task: the word problems that the shipped models were trained for."""
 
-A task fixes its problems (the same ones for every configuration and every run) and judges an answer's text. It knows nothing of
-models and tokens.
-"""
-
-import abc
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from dllm_toolkit import registry
 from dllm_toolkit.data import stories
 from dllm_toolkit.errors import ToolkitError
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `id` is unique within the task; `reference` is a right answer; `meta` is the grader's own."""
-
-    id: str
-    prompt: str
-    reference: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Grade:
-    """The verdict on one answer.
-
-    correct: the final answer is right. steps_right: share (0..1) of the worked steps that are right. exact: the whole solution is
-    the reference's. `extra`: whatever else a task wants in the ledger, plain data.
-    """
-
-    correct: bool
-    steps_right: float
-    exact: bool
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Task(abc.ABC):
-    """Problems and how their answers are graded."""
-
-    @abc.abstractmethod
-    def problems(self) -> Sequence[Problem]:
-        """The problems, in a fixed order."""
-
-    @abc.abstractmethod
-    def grade(self, problem: Problem, text: str) -> Grade:
-        """Judge an answer: the text up to, and without, the end of text. Never raises for a wrong or broken answer."""
-
-
-registry.declare("task", Task)
+from dllm_toolkit.evaluation.tasks.base import Grade, Problem, Task
 
 
 @registry.register("task", "stories")
@@ -89,6 +46,12 @@ class StoryArithmetic(Task):
                 meta={"steps": story.steps},
             )
             for name, story in self._stories.items()
+        )
+
+    def extraction(self) -> str:
+        return (
+            "the number behind the last `The answer is`; steps_right: share of the reference's equations that the text has, in order; "
+            "exact: the reference solution (worded: the same steps in other wordings)"
         )
 
     def grade(self, problem: Problem, text: str) -> Grade:
