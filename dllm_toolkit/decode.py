@@ -183,7 +183,7 @@ def start(
 ) -> Start:
     """The first state of a decode and its engine. Arguments and errors are those of `decode`.
 
-    max_reads: the most positions that one step reads in a row, for compiled decoding; None: what the decoder's schedule says.
+    max_reads: the most positions that one step reads in a row, for compiled decoding; None: what the decoder says.
     """
     spec = model.spec
     cache = NoCache() if cache is None else cache

@@ -165,11 +165,12 @@ def hardware(found: Sequence[Device]) -> list[Finding]:
 
 def in_reach(found: Sequence[Device]) -> list[Finding]:
     """Shipped models, the folder checkpoints/, the hub's cache, and what the recipes name but is not here."""
+    from dllm_toolkit.models.hub import CONFIGURATIONS
     from dllm_toolkit.models.memory import gibibytes
 
     findings = []
     assets = Path(str(resources.files("dllm_toolkit") / "assets"))
-    for directory in sorted(path for path in assets.iterdir() if any(path.glob("*.safetensors"))):
+    for directory in sorted(path for path in assets.iterdir() if any((path / name).is_file() for name in CONFIGURATIONS)):
         kind = "adapter" if _is_adapter(directory) else "model"
         text = f"asset:{directory.name}: shipped {kind}, {_count(measure(directory).parameters)} parameters"
         findings.append(Finding("checkpoints", text, _STORY if kind == "adapter" else None))

@@ -44,7 +44,7 @@ class NestedCache(Cache):
 
     def plan(self, region: Region, state: State, own: PyTree, dirty: Canvas) -> Plan:
         # Dirty: a token that was decided since its keys were computed. Fill may keep the keys of its masks.
-        wanted = (region.epoch != own.epoch).unsqueeze(1) | region.read | region.closed | (dirty & ~state.filled)
+        wanted = (region.epoch != own.epoch).unsqueeze(1) | region.span | region.closed | (dirty & ~state.filled)
         return Plan(region.visible & ~own.stored & wanted, region.visible)
 
     def update(self, plan: Plan, region: Region, state: State, own: PyTree, dirty: Canvas) -> Kept:

@@ -29,9 +29,13 @@ def resolve(path: str, revision: str | None, argument: str = "path") -> Path:
     return _download(path, revision, argument)
 
 
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+"""What makes a directory a model or an adapter; other shipped weights, such as a filter, are loaded by their own kind."""
+
+
 def _asset(path: str) -> Path:
     assets = Path(str(resources.files("dllm_toolkit") / "assets"))
-    shipped = sorted(item.name for item in assets.iterdir() if item.is_dir() and item.name != "__pycache__")
+    shipped = sorted(item.name for item in assets.iterdir() if any((item / name).is_file() for name in CONFIGURATIONS))
     directory = assets / path.removeprefix("asset:")
     if directory.name not in shipped or directory.parent != assets:
         raise CheckpointError(

@@ -299,6 +299,22 @@ def difference(one: Recording, row: int, other: Recording, other_row: int, toler
     return None
 
 
+def difference_where_both_read(one: Recording, other: Recording, tolerance: float = 1e-10) -> str | None:
+    """How two decodes differ of which the first may read more, in words: tokens, births, steps, forwards, the logits of what both read."""
+    for what, a, b in zip(("tokens", "births", "steps", "forwards"), one.fingerprint(), other.fingerprint(), strict=False):
+        if a != b:
+            return f"{what}: {a} instead of {b}"
+    for number, (a, b) in enumerate(zip(one.asks, other.asks, strict=True)):
+        alive = ~b.state.done.unsqueeze(1)
+        both = a.read & b.read
+        if not torch.equal(both & alive, b.read & alive):
+            return f"forward {number}: something is read by the second alone."
+        gap = gaps(a.logits, b.logits)[both]
+        if bool(both.any()) and float(gap.max()) > tolerance:
+            return f"forward {number}: logits differ by {float(gap.max()):.2g}."
+    return None
+
+
 def gaps(one: Float[Tensor, "... V"], other: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
     """Largest difference of two distributions' logits; equal infinities agree, NaN differs from everything by infinity."""
     apart = (one - other).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))

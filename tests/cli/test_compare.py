@@ -93,7 +93,7 @@ def test_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for record in records:
         assert len(record.output) == record.canvas_tokens == len(record.born) == 24
         assert 1 <= record.tokens <= 24 and len(record.pieces) == record.tokens
-        assert "".join(record.pieces).startswith(record.text[:5])
+        assert "".join(record.pieces).replace("<bos>", "").startswith(record.text[:5])  # the text leaves special tokens out
         assert record.nfe >= 1 and record.lanes >= record.nfe and record.seconds == record.batch_seconds > 0
         if record.configuration == "autoregressive":
             assert record.nfe == record.tokens and list(record.born[: record.tokens]) == list(range(record.tokens))

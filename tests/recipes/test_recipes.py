@@ -29,13 +29,18 @@ TRAIN = (
     "trainer.max_steps=2",
     "trainer.max_minutes=null",
     "trainer.precision=32-true",
-    "data.size=64",
-    "data.heldout=8",
-    "data.batch_size=2",
     "export=null",
 )
+SMALL = {"size": 64, "heldout": 8, "batch_size": 2}
 TRAIN_FILTER = ("trainer.max_steps=2", "data.size=4", "data.heldout=2", "data.batch_size=2", "export=null")
 TINY = ("model.width=16", "model.layers=1", "model.heads=2", "model.mlp_width=32")
+
+
+def small(data: dict, at: str = "data") -> list[str]:
+    """Overrides that make training data small, part by part where it has parts."""
+    if "parts" in data:
+        return [one for number, part in enumerate(data["parts"]) for one in small(part, f"{at}.parts.{number}")]
+    return [f"{at}.{name}={value}" for name, value in SMALL.items()]
 
 
 def stand_in(model: dict, at: str = "model") -> list[str]:
@@ -85,7 +90,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             pytest.importorskip("math_verify", reason="math-verify is not installed (pip install 'dllm-toolkit[eval]')")
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
-        command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else TRAIN), *tiny, f"output={output}"]
+        command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else (*TRAIN, *small(tree["data"]))), *tiny, f"output={output}"]
     assert cli.main(["show", *command[1:]]) == 0
     capsys.readouterr()
     code = cli.main(command)
