@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: Python >= 3.11, pip and make. Each target makes .venv from the pins when it is missing.
 #
 #   make quickstart              compare six decoders on 32 word problems (about two minutes on two cores)
-#   make test                    the whole test suite;  make test TESTS="tests/golden -k d2f" runs a part
+#   make test                    the whole test suite on every core (JOBS=1: on one);  make test TESTS="tests/golden -k d2f" runs a part
 #   make shapes                  core and golden tests with every shape annotation checked at run time
 #   make check                   ruff and pyright
 #   make contract PART=my_rule.MyRule      the contract tests on a class of your own
@@ -16,6 +16,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/quickstart.yaml
 TESTS  ?=
+JOBS   ?= logical
 PART   ?=
 ARGS   ?=
 
@@ -35,11 +36,11 @@ quickstart: $(INSTALLED)
 	$(BIN)/dllm-toolkit compare $(RECIPE) $(ARGS)
 
 test: $(DEVELOP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 # In a run of its own: the checks wrap every function, which torch.compile(fullgraph=True) refuses to look through.
 shapes: $(DEVELOP)
-	$(BIN)/python -m pytest -q --jaxtyping-packages=dllm_toolkit,beartype.beartype tests/golden \
+	$(BIN)/python -m pytest -q -n $(JOBS) --jaxtyping-packages=dllm_toolkit,beartype.beartype tests/golden \
 	  tests/unit/test_ops_*.py tests/unit/test_state.py tests/unit/test_transformer.py tests/unit/test_corrupt.py
 
 check: $(DEVELOP)

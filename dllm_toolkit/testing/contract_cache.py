@@ -152,14 +152,14 @@ def c4_poison(bench: Bench) -> None:
     for row in range(len(bench.batch)):
         for number, (a, b) in enumerate(zip(clean.asks_of(row), reused.asks_of(row), strict=False)):
             at = a.first(row, len(bench.batch))
-            visible = a.plan.visible[at] & ~a.computed[at] & _seen(bench, a, at)
+            visible = a.plan.visible[at] & ~a.computed[at] & _reaches(bench, a, at)
             if bool(visible.any()) and bool(a.read[at].any()):
                 if float(gaps(a.logits[at], b.logits[at]).max()) <= TOLERANCE:
                     raise Violation(f"row {row}, forward {number}: keys that should be reused are poisoned, and nothing happened.")
                 break
 
 
-def _seen(bench: Bench, ask: Ask, at: int) -> Bool[Tensor, "L"]:
+def _reaches(bench: Bench, ask: Ask, at: int) -> Bool[Tensor, "L"]:
     """Slots that a lane from which logits are read may see: with shift 1 the first of a block is read from the block before."""
     spec, read = bench.model.spec, ask.read[at]
     order = ask.region.block[at] if spec.attention == "block_causal" else torch.arange(read.shape[0])
