@@ -1,4 +1,4 @@
-"""Which papers stand behind a recipe, as BibTeX: `dllm-toolkit cite recipe.yaml`.
+"""Which papers stand behind a recipe, as BibTeX: `dllm-toolkit cite recipe.yaml`. Long because most of it is the one bibliography.
 
 What is used is read off the recipe: the classes and presets that it names, and the `cite` of every part that they are built of.
 `BIBLIOGRAPHY` is the one place with titles and authors. Where the authors of a paper could not be looked up, an entry has none.

@@ -282,7 +282,9 @@ def _chain(recording: Recording) -> None:
             branches = ask.state.tokens.shape[0] // rows
             behind = ever.repeat_interleave(branches, 0) | computed
             ever = ever | fold(computed, rows)
-            fail_where(alive & region.eligible & ~ask.state.masked, number, "eligible but not masked.")
+            # Masked on the canvas that was asked, or when the step began: a step may ask twice of one region, with tokens tried in it.
+            began = moment.before.masked.repeat_interleave(ask.state.masked.shape[0] // rows, 0)
+            fail_where(alive & region.eligible & ~ask.state.masked & ~began, number, "eligible but not masked.")
             fail_where(alive & region.eligible & ~region.read, number, "eligible but not read, so it has no proposal.")
             fail_where(alive & region.read & ~ask.read, number, "to be read, but no logits came back.")
             fail_where(computed & ~alive, number, "a finished row was sent through the model.")
