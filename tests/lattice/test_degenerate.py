@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from dllm_toolkit.cache.delayed import DelayedCache
 from dllm_toolkit.decoders.base import Commit, Decoder, Propose, Revise, Schedule
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.confidence_adaptive import Adaptive, confidence_adaptive
@@ -27,7 +28,7 @@ from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import cases, contract
 from dllm_toolkit.testing.contract import Toy
-from dllm_toolkit.testing.record import difference, record, unequal
+from dllm_toolkit.testing.record import difference, difference_where_both_read, record, unequal
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
 LONGEST = 11  # of the answers of `unequal()`
@@ -130,9 +131,17 @@ def fitting(one: Decoder) -> list[tuple[cases.Case, Toy]]:
 def test_pair(pair: Pair) -> None:
     places = fitting(pair.one())
     assert places
+    one, other = pair.one(), pair.other()
+    # A rule that looks back reads decided positions too; a cache that computes what is read then computes more.
+    more = getattr(one, "looks_back", False) and not getattr(other, "looks_back", False)
     for cache, toy in places:
-        mine = record(toy.model, pair.one(), cache.build(), unequal())
-        theirs = record(toy.model, pair.other(), cache.build(), unequal())
+        if more and isinstance(cache.build(), DelayedCache):
+            continue
+        mine = record(toy.model, one, cache.build(), unequal())
+        theirs = record(toy.model, other, cache.build(), unequal())
+        if more:
+            assert difference_where_both_read(mine, theirs) is None, (toy.name, cache.name)
+            continue
         for row in range(4):
             assert difference(mine, row, theirs, row) is None, (toy.name, cache.name)
         assert mine.fingerprint() == theirs.fingerprint(), (toy.name, cache.name)
