@@ -54,7 +54,7 @@ class Phase:
     ended: Rows
 
 
-def _behind(masked: Canvas, positions: Tokens, count: int | None) -> Int[Tensor, "B"]:
+def _behind(masked: Canvas, positions: Int[Tensor, "1 L"], count: int | None) -> Int[Tensor, "B"]:
     """One past the `count`-th masked position of each row; where there are no more than that, past the whole canvas."""
     length = masked.shape[1]
     if count is None:
