@@ -60,6 +60,4 @@ def block_causal_tiles(block: Int[Tensor, "B L"], tile: int = TILE) -> BlockMask
 
     full, mixed = kinds(block, tile)
     length = block.shape[1]
-    return BlockMask.from_kv_blocks(
-        *order(mixed), *order(full), BLOCK_SIZE=tile, mask_mod=allowed, seq_lengths=(length, length)
-    )
+    return BlockMask.from_kv_blocks(*order(mixed), *order(full), BLOCK_SIZE=tile, mask_mod=allowed, seq_lengths=(length, length))

@@ -6,9 +6,9 @@ The value of a row depends on its own logits only, so its gradient is known as s
 [N, D]. With LLaDA's 126464 tokens a float32 row of logits is 0.5 MB; teacher and student of 1024 rows, their softmaxes and gradients
 would be gigabytes. A distillation needs the teacher's hidden rows, not its logits: both share the frozen head.
 
-    cross_entropy   -log p(target)                            gradient  p - [target]
-    forward_kl      -sum p_teacher log p                                (p - p_teacher) / T      KL(teacher || student) + the teacher's entropy
-    reverse_kl       sum p (log p - log p_teacher)                      p (log p - log p_teacher - value) / T
+    cross_entropy   -log p(target)                    gradient  p - [target]
+    forward_kl      -sum p_teacher log p                        (p - p_teacher) / T      KL(teacher || student) + teacher's entropy
+    reverse_kl       sum p (log p - log p_teacher)              p (log p - log p_teacher - value) / T
 
 Everything in float32 or wider. D2F's code (arXiv 2508.09192) minimises the second, its Eq. 3 prints the third.
 """
