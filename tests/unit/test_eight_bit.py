@@ -266,7 +266,6 @@ def test_int_mm_is_the_formula_of_int8_activations() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", sorted(eight_bit.KERNELS))
 @pytest.mark.parametrize("rows", [1, 16, 50, 200])
 def test_kernels_are_their_formulas(name: str, rows: int) -> None:
