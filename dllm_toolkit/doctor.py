@@ -37,6 +37,7 @@ _RECIPES = {
     "qwen3": "recipes/decode/autoregressive.yaml",
 }
 """By family, what answers a prompt."""
+_EMBEDDINGS = ("embed.weight", "embed_tokens.weight", "wte.weight")
 _STORY = (
     "dllm-toolkit generate recipes/decode/d2f_stories.yaml --trace "
     'prompt="Noah brings 32 magnets from home. Nora has 3 times as many magnets as Noah. What is the difference between Nora and Noah now?"'
@@ -64,14 +65,21 @@ class Device:
 
 @dataclass(frozen=True)
 class Size:
-    """A checkpoint's size: number of parameters, bytes on disk, and numbers of keys and values that one token needs (0: not known)."""
+    """A checkpoint's size: number of parameters, bytes on disk, and numbers of keys and values that one token needs (0: not known).
+
+    kept: parameters that stay as they are when the linear maps go into 8 bits (embeddings and norms); None: not known.
+    """
 
     parameters: int
     stored: int
     kv: int
+    kept: int | None = None
 
     def needs(self, dtype: str, tokens: int = 0) -> int:
-        """Bytes of the weights, and of the keys and values of `tokens` tokens, in `dtype`."""
+        """Bytes of the weights, and of the keys and values of `tokens` tokens, in `dtype`; `fp8` is bfloat16 with `weights: fp8`."""
+        if dtype == "fp8":
+            assert self.kept is not None
+            return self.parameters + self.kept + self.kv * tokens * 2
         return (self.parameters + self.kv * tokens) * (4 if dtype == "float32" else 2)
 
 
@@ -223,7 +231,8 @@ def measure(directory: Path) -> Size:
 
     tensors = stored_tensors(directory, "adapter_model" if _is_adapter(directory) else "model").values()
     kv = sum(tensor.shape[0] for tensor in tensors if tensor.name.endswith(("k_proj.weight", "v_proj.weight")))
-    return Size(sum(math.prod(tensor.shape) for tensor in tensors), sum(tensor.size for tensor in tensors), kv)
+    kept = sum(math.prod(one.shape) for one in tensors if len(one.shape) < 2 or one.name.endswith(_EMBEDDINGS))
+    return Size(sum(math.prod(tensor.shape) for tensor in tensors), sum(tensor.size for tensor in tensors), kv, kept)
 
 
 def hub() -> Finding:
@@ -285,6 +294,7 @@ def _fit(size: Size, found: Sequence[Device], tokens: int = 4096) -> tuple[str, 
     """In words, where a model of this size fits with the keys and values of `tokens` tokens; the first such device and type."""
     from dllm_toolkit.models.memory import gibibytes
 
+    host = next((device.free for device in found if device.name == "cpu"), 0)
     for device in found:
         for dtype in device.dtypes:
             if size.needs(dtype, tokens) + SPARE <= device.free:
@@ -292,6 +302,12 @@ def _fit(size: Size, found: Sequence[Device], tokens: int = 4096) -> tuple[str, 
                 text = f"fits on {device.name} in {dtype}{slow}: {gibibytes(size.needs(dtype))} of {gibibytes(device.free)} free"
                 cache = f", and {gibibytes(size.needs(dtype, 1024) - size.needs(dtype))} of keys and values for 1024 tokens"
                 return text + (cache if size.kv else ""), device, dtype
+        # 8 bits are made on the way, from full weights in host memory.
+        made = device.name != "cpu" and size.kept is not None and size.needs("bfloat16") + SPARE <= host
+        if made and "bfloat16" in device.dtypes and size.needs("fp8", tokens) + SPARE <= device.free:
+            need = gibibytes(size.needs("fp8"))
+            text = f"fits on {device.name} with 8-bit weights: {need} of {gibibytes(device.free)} free"
+            return text, device, "bfloat16 model.weights=fp8"
     most = max(found, key=lambda device: device.free)
     short = size.needs("bfloat16", tokens) + SPARE
     return (

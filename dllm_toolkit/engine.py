@@ -31,7 +31,7 @@ from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.ops import lanes, masks, trees
 from dllm_toolkit.state import Answer, Region, Shadow, State
-from dllm_toolkit.types import Canvas
+from dllm_toolkit.types import Canvas, Rows
 
 Form = Literal["rows", "lanes"]
 
@@ -163,6 +163,16 @@ class Engine:
         if self.last is not None and not self.over:
             computed = self.last.plan.compute & (self.written == state.tokens)
             self.own = self.cache.accept(where & computed, self.own)
+
+    def restart(self, where: Rows, state: State) -> None:
+        """Rows begin anew where True, from those of `state`, a first state of as many rows: nothing of what was there is used again.
+
+        Without branches only. Their slots keep old keys, as they held nothing before the first decode: `written` says that none counts.
+        """
+        assert self.branches == 1, "rows of a decoder with branches cannot begin anew"
+        self.own = trees.choose(where, self.cache.init(state), self.own)
+        self.written = self.written.masked_fill(where.unsqueeze(1), -1)
+        self.nfe, self.lanes = self.nfe.masked_fill(where, 0), self.lanes.masked_fill(where, 0)
 
     def finished(self, state: State) -> bool:
         """Nothing left to do? Known from the host read of the last `ask`, so it costs nothing; one step late by design."""

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dllm_toolkit.models import adapters
+from dllm_toolkit.models.eight_bit import Weights, check_weights, quantise
 from dllm_toolkit.models.families import CheckpointError, Family, family_of
 from dllm_toolkit.models.gguf import gguf_file, read_gguf
 from dllm_toolkit.models.hub import resolve
-from dllm_toolkit.models.memory import check_device, check_dtype, check_memory
+from dllm_toolkit.models.memory import check_device, check_dtype, check_memory, staging
 from dllm_toolkit.models.save import OVERRIDES, Origin
 from dllm_toolkit.models.tokens import load_tokenizer, special_ids
 from dllm_toolkit.models.transformer import ModelError, Transformer, TransformerConfig
@@ -50,6 +51,8 @@ def load(
     revision: str | None = None,
     merge_adapter: bool = True,
     mask_id: int | None = None,
+    weights: Weights | None = None,
+    quantise_head: bool = True,
 ) -> Transformer:
     """A pretrained model, ready to decode.
 
@@ -57,8 +60,11 @@ def load(
     adapter: the same for a PEFT LoRA adapter; merged in float32, or with merge_adapter false kept apart and trainable.
     attention, block_size: decode under another attention rule than the checkpoint's own; an adapter's student.json sets them too.
     dtype: `auto` is the one that most of the weights are stored in. device: `auto` takes CUDA when there is one.
-    mask_id: the mask token, for a checkpoint whose files name none. Raises CheckpointError.
+    mask_id: the mask token, for a checkpoint whose files name none.
+    weights: keep the linear maps in 8 bits, `fp8` or `int8` (models/eight_bit.py), and everything else in dtype; for decoding only.
+    quantise_head: the LM head too. Raises CheckpointError, and EightBitError for what 8 bits do not go with.
     """
+    check_weights(weights, quantise_head, adapter is None or merge_adapter)
     where = check_device(device)
     checkpoint = _open(path, revision, mask_id)
     adapter_directory = None if adapter is None else resolve(adapter, None, "adapter")
@@ -71,8 +77,9 @@ def load(
 
     wanted = _stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
     check_dtype(wanted, where)
-    check_memory(model, wanted, where)
-    model.allocate(wanted, where)
+    filled = where if weights is None else staging(model, wanted, where, quantise_head)
+    check_memory(model, wanted, filled)
+    model.allocate(wanted, filled)
     _fill(checkpoint, model, pairs)
 
     model.tokenizer = checkpoint.tokenizer
@@ -82,6 +89,8 @@ def load(
         adapters.merge(model, lora)
     elif lora is not None:
         adapters.attach(model, lora, path)
+    if weights is not None:
+        quantise(model, weights, head=quantise_head, device=where)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dllm_toolkit.models.eight_bit import eight_bit_memory
 from dllm_toolkit.models.families.base import CheckpointError
 
 
@@ -66,11 +67,34 @@ def check_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     if free is None or need <= free:
         return
     half = required_memory(model, torch.bfloat16)
-    smaller = f"Write dtype: bfloat16 ({gibibytes(half)})" if dtype.itemsize > 2 and half <= free else "Free memory there"
+    narrow = eight_bit_memory(model, torch.bfloat16)
+    if dtype.itemsize > 2 and half <= free:
+        smaller = f"Write dtype: bfloat16 ({gibibytes(half)})"
+    elif device.type != "cpu" and narrow <= free:  # on the CPU the full weights must fit first
+        smaller = f"Write dtype: bfloat16 and weights: fp8 ({gibibytes(narrow)}, loaded through host memory)"
+    else:
+        smaller = "Free memory there"
     raise CheckpointError(
         f"not enough memory: the model needs {gibibytes(need)} in {str(dtype).removeprefix('torch.')}, {device} has "
         f"{gibibytes(free)} free. Loading would fail halfway. {smaller}, or another device:."
     )
+
+
+def staging(model: nn.Module, dtype: torch.dtype, device: torch.device, head: bool = True) -> torch.device:
+    """Where a model is filled whose linear maps will be kept in 8 bits: on its device, or on the CPU if it does not fit there before.
+
+    Raises CheckpointError if the 8-bit model does not fit on the device either.
+    """
+    free = free_memory(device)
+    if device.type == "cpu" or free is None or required_memory(model, dtype) <= free:
+        return device
+    need = eight_bit_memory(model, dtype, head)
+    if need > free:
+        raise CheckpointError(
+            f"not enough memory: with its weights in 8 bits the model needs {gibibytes(need)}, {device} has {gibibytes(free)} free. "
+            "Loading would fail halfway. Free memory there, or write another device:."
+        )
+    return torch.device("cpu")
 
 
 def check_device(device: str) -> torch.device:

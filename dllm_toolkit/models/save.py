@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.families.base import Family
 from dllm_toolkit.models.transformer import ModelError, TransformerConfig
 
@@ -60,6 +61,12 @@ def save(
 
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
+    format = format_of(model)
+    if format is not None:
+        raise ModelError(
+            f"a model in 8 bits is not saved, got {format} weights. Rounding is for good, and the checkpoint would look exact. Save the "
+            "model before, or keep the checkpoint that it came from and load it with weights: again."
+        )
     tensors = dict(model.state_dict())
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Model
+from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
@@ -208,6 +209,12 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
     model = built.model.build()
     if not isinstance(model, Transformer):
         raise TrainError(f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}.")
+    with _placed(recipe, "model"):
+        if format_of(model) is not None:
+            raise TrainError(
+                f"only exact weights are trained, got a model with weights: {format_of(model)}. Rounding has no gradients. "
+                "Leave weights: out."
+            )
     with _placed(recipe, "objective"):
         built.objective.check(model)
     with _placed(recipe, "data"):
