@@ -1,4 +1,4 @@
-"""The `dllm-toolkit` command: compare, generate, train, list, show, check, golden, doctor.
+"""The `dllm-toolkit` command: compare, harness, generate, train, list, show, check, golden, doctor.
 
 Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
 is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so
@@ -22,7 +22,7 @@ from dllm_toolkit.errors import ToolkitError
 
 # In the order in which `check` looks for a name that several kinds use.
 _CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop", "driver")
-_RESUMABLE = ("compare", "train")
+_RESUMABLE = ("compare", "harness", "train")
 _OVERRIDES = "change a value of the recipe: key=value, with dots for nested keys (decoder.threshold=0.8)"
 
 
@@ -99,6 +99,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "compare recipes/quickstart.yaml task.size=8 output=runs/small",
         )
     )
+    harness = add(
+        "harness",
+        _harness,
+        "run a model on tasks of the evaluation harness (lm_eval)",
+        "Prompts, stop strings and metrics are the harness's; model, decoder, cache and batches are the recipe's. Prints\n"
+        "the harness's table and ours, and writes results.json and a ledger into the recipe's output directory. A run\n"
+        "that was stopped continues when the same command is given again. Needs: pip install 'dllm-toolkit[harness]'.",
+        "harness recipes/eval/harness.yaml --tasks gsm8k data.gsm8k.train=train.jsonl data.gsm8k.test=test.jsonl",
+        "harness recipes/eval/harness.yaml --tasks humaneval execute=true size=20",
+    )
+    takes_recipe(harness)
+    harness.add_argument("--tasks", metavar="NAME,NAME", help="the harness's own names; instead of the recipe's `tasks`")
     generate = add(
         "generate",
         _generate,
@@ -210,6 +222,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _harness(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.evaluation.harness import HarnessRecipe, run_harness
+
+    if arguments.tasks is not None:
+        arguments.overrides = [*arguments.overrides, f"tasks=[{arguments.tasks}]"]
+    recipe = _load(arguments, HarnessRecipe)
+    run_harness(recipe, recipe.build(HarnessRecipe))
+    return 0
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from dllm_toolkit.generate import GenerateRecipe, run_generation
 
@@ -313,6 +335,10 @@ def _root_of(tree: dict[str, Any]) -> type:
         from dllm_toolkit.evaluation.compare import CompareRecipe
 
         return CompareRecipe
+    if "tasks" in tree:
+        from dllm_toolkit.evaluation.harness import HarnessRecipe
+
+        return HarnessRecipe
     if "objective" in tree or "trainer" in tree or "filter" in tree:
         _require_lightning("a training recipe")
         from dllm_toolkit.training.filter import FilterRecipe
