@@ -35,8 +35,14 @@ help:
 quickstart: $(INSTALLED)
 	$(BIN)/dllm-toolkit compare $(RECIPE) $(ARGS)
 
+# Without TESTS everything: the recorded decodes under shape checks (once is enough, they take minutes), then all the rest.
+ifeq ($(strip $(TESTS)),)
+test: shapes
+	$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/golden
+else
 test: $(DEVELOP)
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+endif
 
 # In a run of its own: the checks wrap every function, which torch.compile(fullgraph=True) refuses to look through.
 shapes: $(DEVELOP)
