@@ -86,19 +86,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
         command.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help=_OVERRIDES)
 
-    takes_recipe(
-        add(
-            "compare",
-            _compare,
-            "run several decoders on the same problems and compare accuracy and speed",
-            "Runs every configuration of the recipe, prints a table, and writes a ledger (one line a\n"
-            "problem), TensorBoard files and an HTML report into the recipe's output directory. The last\n"
-            "line on stdout is one JSON object. A run that was stopped continues when the same command\n"
-            "is given again.",
-            "compare recipes/quickstart.yaml",
-            "compare recipes/quickstart.yaml task.size=8 output=runs/small",
-        )
+    compare = add(
+        "compare",
+        _compare,
+        "run several decoders on the same problems and compare accuracy and speed",
+        "Runs every configuration of the recipe, prints a table, and writes a ledger (one line a\n"
+        "problem), TensorBoard files and an HTML report into the recipe's output directory. The last\n"
+        "line on stdout is one JSON object. A run that was stopped continues when the same command\n"
+        "is given again. A value written {_sweep_: [0.7, 0.9]} makes a configuration of each.",
+        "compare recipes/quickstart.yaml",
+        "compare recipes/quickstart.yaml task.size=8 output=runs/small",
+        "compare recipes/compare/sweep.yaml --dry-run",
     )
+    takes_recipe(compare)
+    compare.add_argument("--dry-run", action="store_true", help="check everything, say what it will cost, and stop")
     harness = add(
         "harness",
         _harness,
@@ -218,7 +219,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from dllm_toolkit.evaluation.compare import CompareRecipe, run_comparison
 
     recipe = _load(arguments, CompareRecipe)
-    run_comparison(recipe, recipe.build(CompareRecipe))
+    run_comparison(recipe, recipe.build(CompareRecipe), dry_run=arguments.dry_run)
     return 0
 
 

@@ -21,6 +21,7 @@ from dllm_toolkit import registry
 from dllm_toolkit.recipe_errors import OVERRIDE, Mark, RecipeError, RecipeErrors
 from dllm_toolkit.recipe_hints import ALIASES, COMPONENT, Lazy, digest
 from dllm_toolkit.recipe_schema import Checked, check
+from dllm_toolkit.sweep import SWEEP, expand
 from dllm_toolkit.yaml_marks import Node, dump, join, kind_of, node_of, read, scalar
 
 __all__ = [
@@ -98,10 +99,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, merge it over its `base`, apply overrides such as `decoder.threshold=0.8`.
 
     An override's value is a YAML scalar, list or mapping. `decoder=d2f` on a component changes its name and
-    keeps its arguments; `rows.0.cache=dual` reaches into a list. Raises `RecipeError`.
+    keeps its arguments; `rows.0.cache=dual` reaches into a list. Sweeps are expanded after that, see `sweep`. Raises `RecipeError`.
     """
     path = Path(path)
-    return Recipe(path, override(_with_base(path, ()), overrides))
+    return Recipe(path, expand(override(_with_base(path, ()), overrides)))
 
 
 def override(node: Any, overrides: Sequence[str]) -> Node:
@@ -157,7 +158,9 @@ def _with_base(path: Path, children: tuple[Path, ...]) -> Node:
 
 
 def _merge(parent: Node, child: Node) -> Node:
-    """The child's values over the parent's; mappings are merged, unless the child names another component."""
+    """The child's values over the parent's; mappings are merged, unless the child names another component or one of them is a sweep."""
+    if any(isinstance(node.value, dict) and SWEEP in node.value for node in (parent, child)):
+        return child
     if isinstance(parent.value, str) and isinstance(child.value, dict) and COMPONENT not in child.value:
         parent = dataclasses.replace(parent, value={COMPONENT: parent})
     if not isinstance(parent.value, dict) or not isinstance(child.value, dict):

@@ -328,7 +328,7 @@ def _located(problem: Exception, node: Node, path: str, given: Mapping[str, Node
     if type(problem) is TypeError:  # more likely a slip in the component's code than in the recipe
         frame = traceback.extract_tb(problem.__traceback__)[-1]
         message += f" (TypeError at {Path(frame.filename).name}:{frame.lineno})"
-    for word in re.findall(r"[\w.+-]+", message):
+    for word in re.findall(r"[\w.+-]+(?:\[[^\]\s]*\][\w.+-]*)?", message):
         place, found = _follow(word, given)
         if found is not None:
             return RecipeError(found.mark, join(path, place), message)

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
+from dllm_toolkit import sweep
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import check_prompts
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation import ledger, provenance, report
-from dllm_toolkit.evaluation.ledger import Header, Summary
+from dllm_toolkit.evaluation import cost, ledger, provenance, report
+from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 from dllm_toolkit.evaluation.measure import CompareError, Row, RunOptions, Templates, fill, find_device
 from dllm_toolkit.evaluation.report import ReportOptions
 from dllm_toolkit.evaluation.tasks import Gap, Problem, Task
@@ -52,6 +53,17 @@ class Baselines:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """largest: configurations that the recipe's sweeps may make."""
+
+    largest: int = sweep.LARGEST
+
+    def __post_init__(self) -> None:
+        if self.largest < 1:
+            raise CompareError(f"largest must be at least 1, got {self.largest}. Write largest: {sweep.LARGEST}, or leave it out.")
+
+
+@dataclass(frozen=True)
 class CompareRecipe:
     """Root of a comparison recipe: the task, the models, the rows, and how they are run."""
 
@@ -60,6 +72,7 @@ class CompareRecipe:
     configurations: dict[str, Configuration]
     baselines: Baselines = field(default_factory=Baselines)
     run: RunOptions = field(default_factory=RunOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
     output: Path = Path("runs/compare")
     report: ReportOptions = field(default_factory=ReportOptions)
 
@@ -68,7 +81,7 @@ class CompareRecipe:
             raise CompareError("configurations is empty. A comparison needs rows. Write at least one configuration.")
         for name, configuration in self.configurations.items():
             # The name becomes a folder of the TensorBoard log.
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*(\[[\w.+,=-]+\])?", name):
                 raise CompareError(f"configurations: a name is letters, digits and _ . + -, got {name!r}. Write one without the rest.")
             if name == "comparison":
                 raise CompareError("configurations.comparison: this name is taken. TensorBoard's overview has it. Write another.")
@@ -90,11 +103,13 @@ class CompareRecipe:
                 )
 
 
-def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
+def run_comparison(recipe: Recipe, built: CompareRecipe, *, dry_run: bool = False) -> list[Summary]:
     """Run or continue a comparison; table and JSON line on stdout, progress on stderr, files into `built.output`.
 
-    Errors: ToolkitError before the first forward; nothing is written then.
+    dry_run: check everything, print what it would cost on stdout, and stop: no summaries, and nothing is written. A sweep's cost is printed
+    before it starts in any case. Errors: ToolkitError before the first forward; nothing is written then.
     """
+    _require_different(recipe, built)
     with _placed(recipe, "run", "device"):
         device = find_device(built.run.device)
     threads = torch.get_num_threads()
@@ -107,9 +122,15 @@ def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
         rows = _rows(recipe, built, problems)
         header = _header(recipe, built, rows, problems, device)
         path = built.output / "ledger.jsonl"
+        plan = (rows, recipe.tree["configurations"])
+        if dry_run:
+            cost.print_costs(cost.estimate(*plan, _held(path, header), len(problems), built.run, device), sys.stdout)
+            return []
         with ledger.open_ledger(path, header) as book:
             with ledger.written(built.output / "recipe.yaml"):
                 (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            if any(sweep.is_cell(row.name) for row in rows) and len(book.records) < len(rows) * len(problems):
+                cost.print_costs(cost.estimate(*plan, book.records, len(problems), built.run, device))
             fill(book, rows, problems, built.task, built.run, device)
     finally:
         torch.set_num_threads(threads)
@@ -123,6 +144,36 @@ def run_comparison(recipe: Recipe, built: CompareRecipe) -> list[Summary]:
     )
     print(report.json_line(header, summaries, output=str(built.output)))
     return summaries
+
+
+def _held(path: Path, header: Header) -> list[Record]:
+    """What a ledger holds of the run that `header` describes; a note if it is of another."""
+    if not path.exists():
+        return []
+    old, records = ledger.read(path)
+    if (old.recipe_hash, dict(old.made_of), dict(old.made_on)) == (header.recipe_hash, dict(header.made_of), dict(header.made_on)):
+        return records
+    print(f"note: {path} belongs to another recipe, code or machine; the run would be refused. Add output=... to it", file=sys.stderr)
+    return []
+
+
+def _require_different(recipe: Recipe, built: CompareRecipe) -> None:
+    """A cell of a sweep that is what another configuration is would be measured twice, under two names."""
+    seen: dict[str, list[str]] = {}
+    for name, configuration in built.configurations.items():
+        alike = seen.setdefault(repr(configuration), [])
+        for other in alike:
+            if (sweep.is_cell(name) or sweep.is_cell(other)) and _equal(configuration, built.configurations[other]):
+                message = f"it is the same configuration as {other}, and would be measured twice. Drop one of the two."
+                raise CompareError(recipe.at(("configurations", name), message))
+        alike.append(name)
+
+
+def _equal(one: Configuration, other: Configuration) -> bool:
+    try:
+        return one == other
+    except RuntimeError:  # tensors inside, which have no single truth; what looks alike need not be
+        return False
 
 
 def _problems(task: Task) -> tuple[Problem, ...]:
@@ -154,19 +205,26 @@ def _rows(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> 
         return models[key]
 
     encoded: dict[object, tuple[tuple[tuple[int, ...], ...], Templates]] = {}
-    rows = []
+    rows: list[Row] = []
+    refused: list[str] = []  # a grid often holds more than one pair that does not fit: all are named at once
     for name, configuration in built.configurations.items():
         key, model = built.models[configuration.model], load(configuration.model)
         if key not in encoded:
             with _placed(recipe, "run", "max_new_tokens"):
                 encoded[key] = _encode(model, configuration.model, built.task, problems, built.run.max_new_tokens)
-        for keys, cache in ((("decoder",), NoCache()), (("cache",), configuration.cache)):
-            with _placed(recipe, "configurations", name, *keys):
-                check(model.spec, configuration.decoder, cache)
-        driver = with_loaded(configuration.driver, lambda _, other: load(other))
-        with _placed(recipe, "configurations", name, "driver"):
-            driver.check(model, configuration.decoder, configuration.cache)
+        try:
+            for keys, cache in ((("decoder",), NoCache()), (("cache",), configuration.cache)):
+                with _placed(recipe, "configurations", name, *keys):
+                    check(model.spec, configuration.decoder, cache)
+            driver = with_loaded(configuration.driver, lambda _, other: load(other))
+            with _placed(recipe, "configurations", name, "driver"):
+                driver.check(model, configuration.decoder, configuration.cache)
+        except CompareError as error:
+            refused.append(str(error))
+            continue
         rows.append(Row(name, model, configuration.decoder, configuration.cache, *encoded[key], driver))
+    if refused:
+        raise CompareError("\n".join(refused))
     return rows
 
 

@@ -36,7 +36,7 @@ COUNTING: tuple[str, ...] = (
 )
 """What every number in a ledger, a table or a picture means."""
 
-PRESENTATION = frozenset({"output", "report"})
+PRESENTATION = frozenset({"output", "report", "sweep"})
 """Recipe keys that change where and how results are shown, never what they are: not part of the hash."""
 
 
