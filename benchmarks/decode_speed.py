@@ -10,9 +10,12 @@ any recipe.
 
     floor       bytes of the weights that a forward reads / bandwidth of a plain copy
     decode      whole generations: d2f + block_causal, semi-AR + dual, + prefix, vanilla without cache, autoregressive
-    batch       d2f by batch size, rows of unequal prompts
+    batch       d2f by number of rows, `--requests` for each row, prompts and answers of unequal lengths: in batches, of which each waits
+                for its slowest row, and with finished rows refilled (stream.py)
+    long        a prompt of `--long` tokens: d2f, semi-AR + dual, autoregressive
 
-Each time is a median. Prints the machine, a table, and one JSON line.
+`--weights fp8` (or int8) measures everything with the linear maps in 8 bits (models/eight_bit.py). A section that fails, for want of memory
+for instance, has its error in its place, and the next one runs. Each time is a median. Prints the machine, a table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +43,10 @@ from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.rules.propose import Sample
 from dllm_toolkit.decoders.rules.schedule import Pipelined, SemiAutoregressive
 from dllm_toolkit.decoders.rules.stop import WhenFull
+from dllm_toolkit.models.eight_bit import quantise
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
 from dllm_toolkit.state import Proposal, Region, State
+from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.types import Attention, Canvas
 
 
@@ -97,8 +104,7 @@ def generation(
     model: Transformer, attention: Attention, decoder: Decoder, cache: Cache, options: argparse.Namespace, rows: int
 ) -> dict[str, Any]:
     """Median tokens/s of whole generations, after the warm-up, and what they were made of."""
-    model.with_attention(attention, options.block if attention == "block_causal" else None)
-    model.config = _shifted(model, 1 if attention == "causal" else 0)
+    place(model, attention, options)
 
     def once(seed: int) -> Output:
         return decode(
@@ -125,47 +131,123 @@ def generation(
     }
 
 
-def _shifted(model: Transformer, shift: int) -> TransformerConfig:
-    from dataclasses import replace
+def requests_of(options: argparse.Namespace, count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts and answer lengths: both between a quarter of the options' and all of it, evenly. The same for every number of rows."""
+    generator = torch.Generator().manual_seed(7)
 
+    def between(most: int) -> int:
+        return int(torch.randint(max(1, most // 4), most + 1, (1,), generator=generator))
+
+    prompts = [torch.randint(0, options.vocabulary - 2, (between(options.prompt),), generator=generator).tolist() for _ in range(count)]
+    lengths = [between(options.new_tokens) for _ in range(count)]
+    # The longest of each is in every part, so that all canvases are of one length.
+    prompts[0], lengths[0] = torch.randint(0, options.vocabulary - 2, (options.prompt,), generator=generator).tolist(), options.new_tokens
+    return prompts, lengths
+
+
+def throughput(
+    model: Transformer, attention: Attention, decoder: Decoder, cache: Cache, options: argparse.Namespace, rows: int, refill: bool
+) -> dict[str, Any]:
+    """Tokens/s of many unequal requests through `rows` rows."""
+    place(model, attention, options)
+    prompts, lengths = requests_of(options, rows * options.requests)
+    arguments: dict[str, Any] = {"cache": cache, "compile": options.compile}
+
+    def once() -> tuple[float, list[Output]]:
+        if refill:
+            made = [decode_stream(model, decoder, prompts, rows=rows, max_new_tokens=lengths, **arguments)]
+        else:
+            parts = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
+            made = [decode(model, decoder, prompts[part], max_new_tokens=lengths[part], **arguments) for part in parts]
+        return sum(one.stats.seconds for one in made), made
+
+    clock = time.perf_counter()
+    once()
+    warm_up = time.perf_counter() - clock
+    timed_runs = [once() for _ in range(max(1, options.repeats // 2))]
+    seconds = statistics.median(time for time, _ in timed_runs)
+    outputs = timed_runs[0][1]
+    tokens = sum(sum(one.stats.commits) for one in outputs)
+    return {
+        "rows": rows,
+        "refill": refill,
+        "requests": len(prompts),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 4),
+        "tokens_per_forward_of_a_row": round(tokens / sum(sum(one.stats.nfe) for one in outputs), 3),
+        "warm_up_seconds": round(warm_up, 1),
+    }
+
+
+def place(model: Transformer, attention: Attention, options: argparse.Namespace) -> None:
+    """Give the model an attention rule, and the shift that goes with it."""
+    model.with_attention(attention, options.block if attention == "block_causal" else None)
+    model.config = _shifted(model, 1 if attention == "causal" else 0)
+
+
+def _shifted(model: Transformer, shift: int) -> TransformerConfig:
     return replace(model.config, shift=shift)
 
 
-def main() -> None:
+def attempt(measured: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What is measured, or why it could not be."""
+    try:
+        return measured()
+    except Exception as failure:  # a section that fails must not cost the others
+        lines = str(failure).splitlines()
+        return {"failed": f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (
         ("layers", 32), ("width", 4096), ("heads", 32), ("mlp-width", 12288), ("vocabulary", 126464), ("prompt", 256), ("new-tokens", 256),
-        ("block", 32), ("accept", 4), ("repeats", 5),
+        ("block", 32), ("accept", 4), ("repeats", 5), ("requests", 4), ("long", 4096),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows")
+    parser.add_argument("--weights", choices=["fp8", "int8"], default=None, help="linear maps in 8 bits")
     parser.add_argument("--only", nargs="*", default=None, help="names of generations, such as 'd2f, block_causal'")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", dest="compile", action="store_false")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     gbps = bandwidth(device, 4 << 30 if device.type == "cuda" else 64 << 20, 10)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     with torch.inference_mode():
         model = new_model(options, device, dtype)
-    weights = sum(one.numel() * one.element_size() for key, one in model.named_parameters() if "embed" not in key)
+        if options.weights is not None:
+            quantise(model, options.weights)
+    stored = [*model.named_parameters(), *((key, one) for key, one in model.named_buffers() if not key.endswith(("cos", "sin")))]
+    weights = sum(one.numel() * one.element_size() for key, one in stored if "embed" not in key)
     floor = weights / gbps / 1e6
     print(f"{name}, torch {torch.__version__}; a copy moves {gbps:.0f} GB/s; floor {floor:.2f} ms", file=sys.stderr)
     result: dict[str, Any] = {"benchmark": "decode_speed", "device": name, "torch": torch.__version__, "compile": options.compile}
     sizes = ("layers", "width", "heads", "mlp_width", "vocabulary", "prompt", "new_tokens", "block", "accept")
     result |= {"shape": {key: getattr(options, key) for key in sizes}}
     result |= {"copy_gbps": round(gbps), "weights_gb": round(weights / 1e9, 3), "floor_ms": round(floor, 3), "decode": {}, "batch": []}
+    result |= {"weights": options.weights or options.dtype, "long": {}}
     for key, (attention, decoder, cache) in settings(options).items():
         if options.only is None or key in options.only:
-            result["decode"][key] = generation(model, attention, decoder, cache, options, 1)
+            result["decode"][key] = attempt(partial(generation, model, attention, decoder, cache, options, 1), device)
             print(f"{key:30} {result['decode'][key]}", file=sys.stderr, flush=True)
     attention, decoder, cache = settings(options)["d2f, block_causal"]
     for rows in options.batch:
-        result["batch"].append(generation(model, attention, decoder, cache, options, rows))
-        print(f"batch {rows:4} {result['batch'][-1]}", file=sys.stderr, flush=True)
+        for refill in (False, True):
+            result["batch"].append(attempt(partial(throughput, model, attention, decoder, cache, options, rows, refill), device))
+            print(f"batch {rows:4} {result['batch'][-1]}", file=sys.stderr, flush=True)
+    long = argparse.Namespace(**{**vars(options), "prompt": options.long})
+    for key in ("d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal") if options.long else ():
+        attention, decoder, cache = settings(options)[key]
+        result["long"][key] = attempt(partial(generation, model, attention, decoder, cache, long, 1), device)
+        print(f"long {key:25} {result['long'][key]}", file=sys.stderr, flush=True)
     print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -111,6 +113,30 @@ def test_confidence_measures_against_plain_sums(values: list[float]) -> None:
     assert math.isclose(score.margin(logits).item(), first - second, abs_tol=1e-12)
     entropy = -sum(chance * math.log(chance) for chance in chances if chance > 0)
     assert math.isclose(score.entropy(logits).item(), entropy, abs_tol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(LOGITS)
+def test_margin_compiled_is_margin(values: list[float]) -> None:
+    """The form that a compiler gets, ties of the best token included, against the sorted probabilities."""
+    logits = torch.tensor([[values, [max(values)] * len(values), values[::-1]]], dtype=torch.float64)
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        read = score.margin(logits)
+    torch.testing.assert_close(read, score.margin(logits), rtol=0, atol=1e-12)
+
+
+def test_margin_is_one_graph() -> None:
+    logits = torch.randn(1, 3, 17)
+    compiled = torch.compile(score.margin, fullgraph=True, backend="eager")(logits)
+    torch.testing.assert_close(compiled, score.margin(logits), rtol=0, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_entropy_keeps_float32s_precision() -> None:
+    """A vocabulary of a real model: nothing cancels, and no sum of log-probabilities is long."""
+    logits = torch.randn(1, 4, 60_000, generator=torch.Generator().manual_seed(0)) * 3
+    logits[..., 7] = float("-inf")
+    torch.testing.assert_close(score.entropy(logits).double(), score.entropy(logits.double()), rtol=1e-6, atol=1e-6)
 
 
 def test_entropy_at_its_ends() -> None:
