@@ -145,7 +145,7 @@ def open_session(recipe: Recipe, built: HarnessRecipe) -> Session:
     model: Any = built.model.build()
     if getattr(model, "tokenizer", None) is None:
         raise HarnessError(
-            recipe.at(("model",), "the model has no tokenizer. The harness speaks in text. Put tokenizer.json beside its model.safetensors.")
+            recipe.at(("model",), "the model has no tokenizer. The harness speaks text. Put tokenizer.json beside its model.safetensors.")
         )
     for key, cache in (("decoder", NoCache()), ("cache", built.cache)):
         with placed(recipe, key):
@@ -307,14 +307,16 @@ def from_arguments(arguments: Mapping[str, Any]) -> Session:
     rest = dict(arguments)
     path = rest.pop("recipe", None)
     if path is None:
-        raise HarnessError(f"model_args must name a recipe, got {sorted(arguments) or 'nothing'}. Write --model_args recipe=FILE,output=DIR.")
+        raise HarnessError(
+            f"model_args must name a recipe, got {sorted(arguments) or 'nothing'}. Write --model_args recipe=FILE,output=DIR."
+        )
     overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items()]
     recipe = load(str(path), overrides).checked(HarnessRecipe)
     built = recipe.build(HarnessRecipe)
     if built.asked:
         raise HarnessError(
             f"{path} says {', '.join(built.asked)}, which the harness's own command line says for itself. One of them would be ignored. "
-            "Run `dllm-toolkit harness` with this recipe, or take them out and write --tasks, --num_fewshot, --limit, --apply_chat_template."
+            "Run `dllm-toolkit harness` with it, or take them out and write --tasks, --num_fewshot, --limit, --apply_chat_template."
         )
     return open_session(recipe, built)
 

@@ -1,6 +1,6 @@
 """Tasks of the evaluation harness (lm_eval): found by name, read from local files, graded one answer at a time, their programs held.
 
-The harness fetches data from the hub, and its tasks of writing programs fetch their metric, `code_eval`, from there too and run what a model
+The harness fetches data from the hub, and its programming tasks fetch their metric, `code_eval`, from there too and run what a model
 wrote with all your rights. Here a task takes the files that a recipe names for its splits, and `CodeMetric` stands in for that metric: the
 same pass@k, each program in the sandbox, and only if the user says so. What the harness is: Gao et al., the language model evaluation
 harness, doi 10.5281/zenodo.12608602.

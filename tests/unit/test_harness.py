@@ -132,7 +132,7 @@ def test_a_run_goes_on_where_it_was_stopped(written: Path, monkeypatch: pytest.M
 def test_the_harness_own_command_line_knows_the_model(
     written: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`lm_eval run --model dllm_toolkit --model_args recipe=...`, with local data by the harness's own means: a definition of the user's."""
+    """`lm_eval run --model dllm_toolkit --model_args recipe=...`; local data by the harness's own means, a definition of the user's."""
     own = written.parent / "own"
     own.mkdir()
     definition = (TASKS / "gsm8k" / "gsm8k.yaml").read_text().replace("task: gsm8k", "task: own_gsm8k").replace("dataset_name: main", "")
@@ -260,7 +260,7 @@ def test_likelihood_requests_of_a_causal_model_are_exact(judged: Path, capsys: p
 @pytest.mark.usefixtures("only_own")
 def test_likelihood_requests_of_a_diffusion_model_are_bounds(judged: Path) -> None:
     changed = ("model.path=asset:teacher", "decoder=vanilla", "cache=none", "tasks=[own_choice]", "likelihood.samples=7")
-    rest = ("data={own_choice: {test: %s}}" % (judged.parent / "choice.jsonl"), "run.seed=3")
+    rest = (f"data={{own_choice: {{test: {judged.parent / 'choice.jsonl'}}}}}", "run.seed=3")
     run(judged, *changed, *rest)
     _, records = ledger.read(judged.parent / "run" / "likelihood.jsonl")
     assert [len(record.output) for record in records] and all(record.extra["log_likelihood"] < 0 for record in records)
@@ -329,7 +329,7 @@ def test_a_recipe_for_the_harness_can_be_shown_without_it(written: Path, capsys:
 
 
 def test_answers_that_are_judged_together_are_refused(written: Path) -> None:
-    assert "humaneval for humaneval_64" in refused(written, "tasks=[humaneval_64]", "data={humaneval_64: {test: %s}}" % _file(written))
+    assert "humaneval for humaneval_64" in refused(written, "tasks=[humaneval_64]", f"data={{humaneval_64: {{test: {_file(written)}}}}}")
 
 
 def _file(written: Path) -> str:
