@@ -32,7 +32,7 @@ from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import harness_tasks, ledger, likelihood, provenance, report, sandbox
-from dllm_toolkit.evaluation.harness_tasks import HarnessError
+from dllm_toolkit.evaluation.harness_tasks import DataError, HarnessError
 from dllm_toolkit.evaluation.ledger import Header
 from dllm_toolkit.evaluation.likelihood import LikelihoodOptions
 from dllm_toolkit.evaluation.measure import RunOptions, find_device
@@ -84,7 +84,8 @@ class HarnessRecipe:
     def asked(self) -> dict[str, Any]:
         """What of the recipe the harness's own command line says for itself."""
         names = ("tasks", "data", "shots", "size", "chat", "execute", "include")
-        return {name: value for name in names if (value := getattr(self, name)) not in (None, False, (), {})}
+        said = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in said.items() if value or value == 0 and value is not False}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def open_session(recipe: Recipe, built: HarnessRecipe) -> Session:
     model: Any = built.model.build()
     if getattr(model, "tokenizer", None) is None:
         raise HarnessError(
-            recipe.at(("model",), "the model has no tokenizer. The harness speaks in text. Put tokenizer.json beside its model.safetensors.")
+            recipe.at(("model",), "the model has no tokenizer. The harness speaks text. Put tokenizer.json beside its model.safetensors.")
         )
     for key, cache in (("decoder", NoCache()), ("cache", built.cache)):
         with placed(recipe, key):
@@ -224,11 +225,13 @@ def run_harness(recipe: Recipe, built: HarnessRecipe) -> dict[str, Any]:
         raise HarnessError(f"{recipe.path}: tasks is missing. There is nothing to evaluate. Write --tasks gsm8k, or tasks: [gsm8k].")
     with placed(recipe, "run", "device"):
         find_device(built.run.device)
-    with placed(recipe, "tasks"):
+    try:
         loaded = harness_tasks.load_tasks(built.tasks, built.data, built.include)
-        tasks = harness_tasks.leaves(loaded)
+    except HarnessError as error:
+        keys = error.keys if isinstance(error, DataError) else ("tasks",)
+        raise HarnessError(recipe.at(keys, error)) from error
     with placed(recipe, "execute"):
-        harness_tasks.require_execution(tasks, built.execute)
+        harness_tasks.require_execution(loaded.tasks, built.execute)
     with threads(built.run):
         lm = HarnessModel(open_session(recipe, built))
         if built.chat:
@@ -236,14 +239,15 @@ def run_harness(recipe: Recipe, built: HarnessRecipe) -> dict[str, Any]:
                 lm.require_chat_template()
         results = simple_evaluate(
             model=lm,
-            tasks=loaded,
+            tasks=list(loaded.items),
+            task_manager=loaded.index,
             num_fewshot=built.shots,
             limit=built.size,
             apply_chat_template=built.chat,
             confirm_run_unsafe_code=built.execute,
         )
     assert results is not None
-    return _finish(built, dict(results), tasks)
+    return _finish(built, dict(results), loaded.tasks)
 
 
 def _finish(built: HarnessRecipe, results: dict[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,14 +307,16 @@ def from_arguments(arguments: Mapping[str, Any]) -> Session:
     rest = dict(arguments)
     path = rest.pop("recipe", None)
     if path is None:
-        raise HarnessError(f"model_args must name a recipe, got {sorted(arguments) or 'nothing'}. Write --model_args recipe=FILE,output=DIR.")
+        raise HarnessError(
+            f"model_args must name a recipe, got {sorted(arguments) or 'nothing'}. Write --model_args recipe=FILE,output=DIR."
+        )
     overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items()]
     recipe = load(str(path), overrides).checked(HarnessRecipe)
     built = recipe.build(HarnessRecipe)
     if built.asked:
         raise HarnessError(
             f"{path} says {', '.join(built.asked)}, which the harness's own command line says for itself. One of them would be ignored. "
-            "Run `dllm-toolkit harness` with this recipe, or take them out and write --tasks, --num_fewshot, --limit, --apply_chat_template."
+            "Run `dllm-toolkit harness` with it, or take them out and write --tasks, --num_fewshot, --limit, --apply_chat_template."
         )
     return open_session(recipe, built)
 

@@ -22,6 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
+from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.harness import ANSWERS, LIKELIHOODS, Session, from_arguments, placed, threads
 from dllm_toolkit.evaluation.harness_tasks import HarnessError, HarnessTask
@@ -154,9 +155,7 @@ class HarnessModel(TemplateLM):
     def _budget(self, name: str, asked: Mapping[str, Any]) -> int:
         wanted = next((int(asked[key]) for key in _LENGTH if asked.get(key) is not None), None)
         run = self.session.built.run
-        unused = {
-            key: value for key, value in asked.items() if key not in ("until", *_LENGTH) and value not in _GREEDY.get(key, ())
-        }
+        unused = {key: value for key, value in asked.items() if key not in ("until", *_LENGTH) and value not in _GREEDY.get(key, ())}
         if unused:
             print(f"note: {name} sets {unused}, which is not used: how tokens are drawn is the recipe's decoder's", file=sys.stderr)
         if wanted is not None and wanted > run.max_new_tokens:
@@ -231,13 +230,9 @@ class HarnessModel(TemplateLM):
         for key, asked in zip(keys, windows, strict=True):
             try:
                 check_pairs(session.model.spec, asked)
-            except HarnessError:
-                raise
-            except ValueError as error:
+            except ToolkitError as error:
                 raise HarnessError(f"the request {key} cannot be judged: {error}") from error
-        problems = [
-            Problem(key, one.args[0], one.args[-1], {"task": name}) for key, name, one in zip(keys, names, requests, strict=True)
-        ]
+        problems = [Problem(key, one.args[0], one.args[-1], {"task": name}) for key, name, one in zip(keys, names, requests, strict=True)]
         name = LIKELIHOODS if kind == "loglikelihood" else f"rolling_{LIKELIHOODS}"
         path = session.built.output / name
         with threads(run), ledger.open_ledger(path, session.header(kind, problems, options)) as book:

@@ -1,6 +1,6 @@
 """Tasks of the evaluation harness (lm_eval): found by name, read from local files, graded one answer at a time, their programs held.
 
-The harness fetches data from the hub, and its tasks of writing programs fetch their metric, `code_eval`, from there too and run what a model
+The harness fetches data from the hub, and its programming tasks fetch their metric, `code_eval`, from there too and run what a model
 wrote with all your rights. Here a task takes the files that a recipe names for its splits, and `CodeMetric` stands in for that metric: the
 same pass@k, each program in the sandbox, and only if the user says so. What the harness is: Gao et al., the language model evaluation
 harness, doi 10.5281/zenodo.12608602.
@@ -34,6 +34,14 @@ _EXECUTION: ContextVar[sandbox.Limits | Literal["loading", "forbidden"]] = Conte
 
 class HarnessError(ToolkitError):
     """An evaluation by the harness's tasks that cannot be run as asked."""
+
+
+class DataError(HarnessError):
+    """A local file that does not serve its task; `keys` is the place in the recipe."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = ("data", *keys)
 
 
 def require() -> None:
@@ -114,7 +122,24 @@ def hold_programs() -> None:
     evaluate.load = load
 
 
-def load_tasks(names: Sequence[str], data: Mapping[str, Files], include: Path | None = None) -> list[Any]:
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks and groups of the harness, and the index that they were found in."""
+
+    items: tuple[Any, ...]
+    index: Any
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """The single tasks, by name."""
+        found: dict[str, Any] = {}
+        for one in self.items:
+            for task in one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]:
+                found[task.task_name] = task
+        return found
+
+
+def load_tasks(names: Sequence[str], data: Mapping[str, Files], include: Path | None = None) -> Loaded:
     """The harness's tasks and groups of these names, those in `data` on local files. include: a directory with definitions of your own.
 
     Raises HarnessError for names that it does not know, data that is not there, and answers that are judged together.
@@ -123,21 +148,21 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Files], include: Path | 
     hold_programs()
     manager = _manager(names, include)
     known = manager.all_tasks
-    for name in [*names, *data]:
+    for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
             closest = f" Close to it: {', '.join(close)}." if close else ""
             raise HarnessError(
-                f"tasks: the harness has no task of this name, got {name!r}.{closest} `lm_eval ls tasks` lists them all; "
+                f"the harness has no task of this name, got {name!r}.{closest} `lm_eval ls tasks` lists them all; "
                 "include=DIR adds definitions of your own. Write tasks=[gsm8k]."
             )
     lost = [name for name in data if name not in names]
     if lost:
-        raise HarnessError(
-            f"data: this is none of the tasks, got {lost[0]!r}. Files belong to a task that is run. Write one of {list(names)} there."
+        raise DataError(
+            f"this is none of the tasks, got {lost[0]!r}. Files belong to a task that is run. Write one of {list(names)} there.", lost[0]
         )
     with _quiet():
-        return [one for name in names for one in _load(manager, name, data.get(name))]
+        return Loaded(tuple(one for name in names for one in _load(manager, name, data.get(name))), manager)
 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
@@ -162,7 +187,7 @@ def _load(manager: Any, name: str, files: Files | None) -> list[Any]:
             groups = loaded.get("groups", {})
             return [groups[name]] if name in groups else list(loaded["tasks"].values())
         if name not in manager.all_subtasks:
-            raise HarnessError(f"data.{name}: files can be given to a single task, got a group. Write its tasks one by one.")
+            raise DataError(f"files can be given to a single task, got the group {name}. Write its tasks one by one.", name)
         read = _reader(name, files)
         # As the member of a group a task's definition is merged with what is said here.
         local = {"group": "local", "task": [{"task": name, "custom_dataset": read}]}
@@ -171,9 +196,10 @@ def _load(manager: Any, name: str, files: Files | None) -> list[Any]:
         raise
     except KeyError as error:
         missing = error.args[0] if error.args else error
-        raise HarnessError(
-            f"data.{name} lacks what the task asks of its data, got splits {sorted(files or ())} and no {missing!r}. "
-            f"Write data.{name}.{missing}=FILE if that is a split, or another file if it is a column."
+        raise DataError(
+            f"the data of {name} lacks what the task asks of it, got splits {sorted(files or ())} and no {missing!r}. "
+            f"Write data.{name}.{missing}=FILE if that is a split, or another file if it is a column.",
+            name,
         ) from error
     except Exception as error:  # the library raises errors of many others: network, hub, file system, templates
         first = str(error).strip().partition("\n")[0][:200]
@@ -187,7 +213,12 @@ def _reader(name: str, files: Files) -> Callable[..., dict[str, Any]]:
     """What the harness calls for the data set of a task."""
     import datasets
 
-    rows = {split: sources.read(path, (), f"data.{name}.{split}") for split, path in files.items()}
+    rows = {}
+    for split, path in files.items():
+        try:
+            rows[split] = sources.read(path, (), "the file")
+        except ToolkitError as error:
+            raise DataError(str(error), name, split) from error
 
     def local_files(**unused: Any) -> dict[str, Any]:
         return {split: datasets.Dataset.from_list(one) for split, one in rows.items()}
@@ -208,15 +239,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def leaves(loaded: Sequence[Any]) -> dict[str, Any]:
-    """The single tasks of what `load_tasks` returned, by name."""
-    found: dict[str, Any] = {}
-    for one in loaded:
-        for task in one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]:
-            found[task.task_name] = task
-    return found
 
 
 def require_execution(tasks: Mapping[str, Any], execute: bool) -> None:

@@ -48,7 +48,7 @@ class LikelihoodError(ToolkitError):
 class LikelihoodOptions:
     """How a bound is estimated; a causal model needs none of it.
 
-    samples: masks drawn for each answer (LLaDA's evaluation takes 128). draw: how the number of hidden tokens is drawn, `stratified`: one in
+    samples: masks drawn for each answer (LLaDA's evaluation: 128). draw: how the number of hidden tokens is drawn, `stratified`: one in
     each of `samples` equal parts of 1 .. L, or `independent`; the mean is the same, the variance of the first is smaller. greedy: also
     find out whether the argmax decode is the answer, which takes up to one forward a token.
     """

@@ -12,6 +12,7 @@ import pytest
 from dllm_toolkit import cli, recipe
 from dllm_toolkit.decoders.learn2pd import save_filter
 from dllm_toolkit.evaluation.compare import CompareRecipe
+from dllm_toolkit.evaluation.harness import HarnessRecipe
 from dllm_toolkit.generate import GenerateRecipe
 from dllm_toolkit.testing.cases_stops import toy_filter
 from dllm_toolkit.testing.items import write_items
@@ -88,6 +89,13 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         command = ["compare", str(path), *COMPARE, *stand_ins, f"output={output}"]
         if tree["task"]["_component_"] == "math500":
             pytest.importorskip("math_verify", reason="math-verify is not installed (pip install 'dllm-toolkit[eval]')")
+    elif root is HarnessRecipe:
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'dllm-toolkit[harness]')")
+        (tmp_path / "data").mkdir()
+        files = write_items(tmp_path / "data")
+        tiny = "model={_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024}"
+        local = f"data={{gsm8k: {{train: {files['gsm8k_train']}, test: {files['gsm8k_test']}}}}}"
+        command = ["harness", str(path), *COMPARE[1:], tiny, local, "size=1", "run.dtype=float32", f"output={output}"]
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
         command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else (*TRAIN, *small(tree["data"]))), *tiny, f"output={output}"]
@@ -98,6 +106,8 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 0, err
     if root is CompareRecipe:
         assert [row["name"] for row in json.loads(out.splitlines()[-1])["rows"]] == list(tree["configurations"])
+    elif root is HarnessRecipe:
+        assert list(json.loads(out.splitlines()[-1])["results"]) == list(tree["tasks"])
     elif root is GenerateRecipe:
         assert len(out.splitlines()) == 1 and " forwards; " in err
     assert {item.name for item in tmp_path.iterdir()} <= {"out", "data"}
