@@ -210,7 +210,7 @@ def test_check_sums_up_the_contract(capsys, monkeypatch):
 def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     from dllm_toolkit.evaluation import compare
 
-    def interrupted(recipe, built):
+    def interrupted(recipe, built, dry_run):
         raise KeyboardInterrupt
 
     path = tmp_path / "c.yaml"
@@ -232,7 +232,7 @@ def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
 def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch):
     from dllm_toolkit.evaluation import compare
 
-    def defective(recipe, built):
+    def defective(recipe, built, dry_run):
         raise RuntimeError("a bug")
 
     path = tmp_path / "c.yaml"
