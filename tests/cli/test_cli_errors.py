@@ -219,7 +219,7 @@ def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     code, out, err = run(capsys, "compare", path)
     assert code == 130 and out == "" and "same command again" in err
 
-    def left(recipe, built):  # what Lightning does with Ctrl-C
+    def left(recipe, built, dry_run):  # what Lightning does with Ctrl-C
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
