@@ -79,6 +79,11 @@ BIBLIOGRAPHY: dict[str, Reference] = {
             "John Schulman",
         ),
     ),
+    "2208.07339": Reference(
+        "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+        _names("Tim Dettmers", "Mike Lewis", "Younes Belkada", "Luke Zettlemoyer"),
+    ),
+    "2209.05433": Reference("FP8 Formats for Deep Learning"),
     "2305.20050": Reference(
         "Let's Verify Step by Step",
         _names(
