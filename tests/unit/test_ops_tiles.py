@@ -1,12 +1,11 @@
-"""Tiles of the block-causal mask against the dense mask, and FlexAttention with them against attention with the dense mask."""
+"""Tiles of the block-causal mask against the dense mask; FlexAttention over them is in tests/compile."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dllm_toolkit.ops.masks import answer_blocks, block_causal
 from dllm_toolkit.ops.tiles import block_causal_tiles, kinds
@@ -51,12 +50,3 @@ def test_the_mask_is_the_one_that_torch_makes_of_the_dense_rule() -> None:
         assert torch.equal(mine, other)
     for mine, other in ((ours.q_indices, theirs.q_indices), (ours.q_num_blocks, theirs.q_num_blocks)):
         assert torch.equal(mine, other)
-
-
-def test_flex_attention_over_tiles_equals_attention_under_the_dense_mask() -> None:
-    generator = torch.Generator().manual_seed(0)
-    block = answer_blocks(torch.tensor([5, 30]), 44, 8)
-    q, k, v = (torch.randn(2, heads, 44, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    got = flex_attention(q, k, v, block_mask=block_causal_tiles(block, 16), enable_gqa=True)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=block_causal(block).unsqueeze(1), enable_gqa=True)
-    assert torch.allclose(got, expected, atol=1e-12)  # type: ignore[arg-type]
