@@ -1,4 +1,4 @@
-"""Operations that torch traces. Apart from the other tests of ops, since shape checks wrap functions and tracing refuses to look through them."""
+"""Operations that torch traces. Not in the other tests of ops: shape checks wrap functions, and tracing refuses to look through them."""
 
 from __future__ import annotations
 
