@@ -188,7 +188,7 @@ def _made_caches() -> dict[str, Cache]:
 
     makers = {name: registry.lookup("cache", name) for name in registry.names("cache")}
     built = {case.maker: case.build for case in reversed(cases.CACHES)}
-    return {name: built.get(maker, maker)() for name, maker in makers.items()}
+    return {name: built[maker]() if maker in built else maker() for name, maker in makers.items()}
 
 
 def _cache_name(name: str) -> str:

@@ -184,8 +184,8 @@ def register() -> None:
     no answer without its grade.
     """
     harness_tasks.require()
-    import lm_eval.evaluator as evaluator
-    from lm_eval.api.registry import model_registry
+    import lm_eval.evaluator as evaluator  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import model_registry  # pyright: ignore[reportMissingImports]
 
     from dllm_toolkit.evaluation.harness_model import HarnessModel
 
@@ -217,7 +217,7 @@ def run_harness(recipe: Recipe, built: HarnessRecipe) -> dict[str, Any]:
     Returns the harness's results. Raises ToolkitError, before the first forward for whatever can be known then.
     """
     register()
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     from dllm_toolkit.evaluation.harness_model import HarnessModel
 
@@ -252,7 +252,7 @@ def run_harness(recipe: Recipe, built: HarnessRecipe) -> dict[str, Any]:
 
 def _finish(built: HarnessRecipe, results: dict[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Tables on stdout, results.json, reports; says so if the harness graded an answer otherwise than the ledger."""
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable, make_table  # pyright: ignore[reportMissingImports]
 
     samples = results.pop("samples", {})
     results["ledger"] = agreement(built.output / ANSWERS, samples)
@@ -321,12 +321,14 @@ def from_arguments(arguments: Mapping[str, Any]) -> Session:
     return open_session(recipe, built)
 
 
-def main(arguments: Sequence[str] | None = None, command: Callable[[], None] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, command: Callable[[], Any] | None = None) -> int:
     """The harness's own command line with our model in its registry. Returns an exit code."""
     try:
         register()
         if command is None:
-            from lm_eval.__main__ import cli_evaluate as command
+            from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+            command = cli_evaluate
         before, sys.argv = sys.argv, ["lm_eval", *(sys.argv[1:] if arguments is None else arguments)]
         try:
             command()

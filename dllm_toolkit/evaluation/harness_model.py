@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string  # pyright: ignore[reportMissingImports]
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
@@ -105,12 +105,12 @@ class HarnessModel(TemplateLM):
             name = _task_name(instance)
             self._require_alone(instance, name)
             key = f"{name}-{instance.doc_id}"
-            group = groups.setdefault((name, json.dumps(instance.args[1], sort_keys=True, default=str)), {})
+            group = groups.setdefault((name, json.dumps(instance.args[1], sort_keys=True, default=str)), {})  # pyright: ignore
             if group.setdefault(key, instance) is not instance:
                 raise HarnessError(f"{name} asks twice about document {instance.doc_id}. The ledger holds one answer of it. Leave it out.")
         tasks, rows, budgets = [], [], []
         for (name, _), instances in groups.items():
-            asked = next(iter(instances.values())).args[1]
+            asked = next(iter(instances.values())).args[1]  # pyright: ignore
             stops = asked.get("until") or []
             tasks.append(HarnessTask(self.tasks[name], instances, tuple([stops] if isinstance(stops, str) else stops)))
             budgets.append(self._budget(name, asked))
@@ -186,7 +186,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for instance in requests:
-            context, continuation = instance.args
+            context, continuation = instance.args  # pyright: ignore
             if context == "":
                 # As the harness does it: the first token of a text that begins with the start token is its context.
                 ids = self.tok_encode(continuation)

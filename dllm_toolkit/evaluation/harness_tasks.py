@@ -108,7 +108,7 @@ def execution(limits: sandbox.Limits | None) -> Iterator[None]:
 
 def hold_programs() -> None:
     """From now on `evaluate.load("code_eval")` gives CodeMetric, in this process; tasks that are loaded later use it."""
-    import evaluate
+    import evaluate  # pyright: ignore[reportMissingImports]
 
     original = evaluate.load
     if getattr(original, "held", False):
@@ -167,7 +167,7 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Files], include: Path | 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
     """The harness's index of definitions. Reading all of its 14,000 takes ten seconds, so a task's own folder is tried first."""
-    import lm_eval.tasks
+    import lm_eval.tasks  # pyright: ignore[reportMissingImports]
 
     if include is not None and not include.is_dir():
         raise HarnessError(f"include must be a directory with task definitions, got {str(include)!r}. Write include=my_tasks.")
@@ -211,7 +211,7 @@ def _load(manager: Any, name: str, files: Files | None) -> list[Any]:
 
 def _reader(name: str, files: Files) -> Callable[..., dict[str, Any]]:
     """What the harness calls for the data set of a task."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     rows = {}
     for split, path in files.items():

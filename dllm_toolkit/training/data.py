@@ -65,6 +65,11 @@ class Source:
         """How much there is, for people."""
         return f"{self.tokens.shape[0]} rows of {self.tokens.shape[1]} tokens"
 
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The sources whose rows are all of one shape: this one alone."""
+        return (self,)
+
     def batch(self, index: int) -> Batch:
         """Batch number `index` (from 0, over all epochs) of this rank."""
         epoch, within = divmod(index, self.batches_per_epoch)

@@ -253,8 +253,9 @@ def _examples(built: FilterRecipe, model: Model, device: torch.device) -> tuple[
     file = built.output / "examples.safetensors"
     if not file.is_file():
         sources = built.data.sources(torch.device("cpu"), built.seed)
-        say(f"decoding {' and '.join(str(len(source.tokens)) for source in sources)} prompts on {device}, slowly and with the oracle")
-        parts = [_collect(source, model, built) for source in sources]
+        counts = [sum(len(part.tokens) for part in source.parts) for source in sources]
+        say(f"decoding {' and '.join(map(str, counts))} prompts on {device}, slowly and with the oracle")
+        parts = [joined([_collect(part, model, built) for part in source.parts]) for source in sources]
         named = {
             f"{name}.{key}": value for name, part in zip(("train", "heldout"), parts, strict=True) for key, value in part._asdict().items()
         }

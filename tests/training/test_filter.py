@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import decode
@@ -162,6 +163,16 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, changes: dict, messag
     with pytest.raises(ValueError, match=message):
         train(recipe_of(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_alternating_data_gives_the_examples_of_all_its_parts(tmp_path: Path) -> None:
+    parts = [{"_component_": "stories", "size": size, "heldout": 3, "batch_size": 3} for size in (6, 4)]
+    parts[1] |= {"answer_length": 96}
+    counts = []
+    for name, data in (("one", parts[0]), ("other", parts[1]), ("both", {"_component_": "alternating", "parts": parts})):
+        train(recipe_of(tmp_path / name, data=data, trainer={"max_steps": 1, "accelerator": "cpu"}))
+        counts.append(len(load_file(tmp_path / name / "out" / "examples.safetensors")["train.confidence"]))
+    assert counts[0] > 0 and counts[1] > 0 and counts[2] == counts[0] + counts[1]
 
 
 def test_prompts_in_another_models_tokens_are_refused(tmp_path: Path) -> None:
