@@ -138,6 +138,10 @@ def run_comparison(recipe: Recipe, built: CompareRecipe, *, dry_run: bool = Fals
     with ledger.written(built.output):
         summaries = report.write_reports(built.output, header, records, built.report)
     report.print_table(header, summaries)
+    for summary in summaries:
+        if summary.failed:
+            lacking = f"{summary.failed} of {summary.problems} problems have no answer, for want of memory, and count as wrong"
+            print(f"note: {summary.name}: {lacking}", file=sys.stderr)
     print(
         f"Written to {built.output}: {', '.join(sorted(item.name for item in built.output.iterdir()))}",
         file=sys.stderr,
@@ -290,10 +294,11 @@ def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], problems:
         commit=provenance.git_commit(),
         date=provenance.now(),
         batch_size=built.run.batch_size,
+        warm_up=built.run.warm_up,
         configurations=tuple(built.configurations),
         baselines={"autoregressive": built.baselines.autoregressive, "vanilla": built.baselines.vanilla},
         notes=(
             f"configurations were measured one after the other in this order: {', '.join(built.configurations)}",
-            f"warm-up of each: {built.run.warm_up} problems, not counted",
+            f"warm-up of each: {built.run.warm_up} problems, in whole batches, not counted",
         ),
     )

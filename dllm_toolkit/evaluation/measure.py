@@ -2,10 +2,11 @@
 
 Only the row's driver (`decode`, if it names none) runs between two readings of its clock; grading, text and the ledger come after. A row
 is warmed up first, with batches of its own size, since the first calls of a library or a compiled graph would otherwise be counted as
-decoding.
+decoding. Where memory runs out, batches become smaller and the run goes on (room.py).
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import sys
@@ -20,8 +21,9 @@ from dllm_toolkit.decode import Output
 from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.drivers.base import Denoise, Driver
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation import ledger
-from dllm_toolkit.evaluation.ledger import Ledger, Record
+from dllm_toolkit.evaluation import ledger, provenance
+from dllm_toolkit.evaluation.ledger import Event, Ledger, Record
+from dllm_toolkit.evaluation.room import Room, first_line, ran_out
 from dllm_toolkit.evaluation.tasks import Problem, Task
 
 Templates = tuple[tuple[int | None, ...], ...] | None
@@ -103,24 +105,52 @@ def fill(
     with _progress(total, len(done)) as tick:
         before: list[Any] = []
         for row in rows:
-            # The ledger keeps whole batches, so a batch is either there or missing.
-            missing = [(number, batch) for number, batch in enumerate(batches) if (row.name, problems[batch[0]].id) not in done]
+            # A batch that memory had no room for may be there in part.
+            missing = [(number, [i for i in batch if (row.name, problems[i].id) not in done]) for number, batch in enumerate(batches)]
+            missing = [(number, batch) for number, batch in missing if batch]
             if not missing:
                 continue
-            for model in before if device.type != "cpu" else ():
-                if all(model is not other for other in row.models):
-                    model.to("cpu")
-            before = row.models
-            for model in before:
-                model.to(device=device, dtype=getattr(torch, run.dtype))
+            before = _place(row, before, run, device)
             tick(row.name, 0)
+            room = _room(book, row, run)
             for batch in batches[: -(-run.warm_up // size)]:
-                _decode(row, batch, run)
+                for _ in room.parts(batch, functools.partial(_decode, row, run=run)):
+                    pass
             gc.collect()
             for number, batch in missing:
-                output = _decode(row, batch, run)
-                book.append(_records(row, number, batch, problems, task, run, output))
-                tick(row.name, len(batch))
+                for part, measured in room.parts(batch, functools.partial(_measured, row, run=run, device=device)):
+                    if measured is None:
+                        room.told(f"{problems[part[0]].id} does not fit into memory, alone ({room.problem}); recorded as failed", room.size)
+                    book.append(_records(row, number, part, problems, task, run, measured))
+                    tick(row.name, len(part))
+
+
+def _place(row: Row, before: Sequence[Any], run: RunOptions, device: torch.device) -> list[Any]:
+    """The row's models on the device, those of the row before off a GPU."""
+    for model in before if device.type != "cpu" else ():
+        if all(model is not other for other in row.models):
+            model.to("cpu")
+    try:
+        for model in row.models:
+            model.to(device=device, dtype=getattr(torch, run.dtype))
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise CompareError(
+            f"{row.name}: its models do not fit on {device} ({first_line(error)}). What was measured is kept, and the same command "
+            "continues. Free memory there, or write another run.device, or a run.dtype of fewer bytes."
+        ) from error
+    return row.models
+
+
+def _room(book: Ledger, row: Row, run: RunOptions) -> Room:
+    """As much as an earlier process of this run found room for. What changes is told on the terminal and in the ledger."""
+
+    def told(text: str, size: int) -> None:
+        print(f"note: {row.name}: {text}", file=sys.stderr, flush=True)
+        book.note(Event("out_of_memory", row.name, f"{row.name}: {text}", size, provenance.now()))
+
+    return Room(min([run.batch_size, *(event.batch_size for event in book.events if event.configuration == row.name)]), told)
 
 
 def find_device(name: str) -> torch.device:
@@ -137,6 +167,20 @@ def find_device(name: str) -> torch.device:
             f"run.device is not on this machine, got {name!r}: {torch.cuda.device_count()} CUDA devices here. Write device: auto or cpu."
         )
     return device
+
+
+def _measured(row: Row, batch: Sequence[int], run: RunOptions, device: torch.device) -> tuple[Output, int | None]:
+    """The answers of a batch, and the most bytes that it needed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    output = _decode(row, batch, run)
+    if device.type == "cuda":
+        return output, torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return output, None
+    import resource
+
+    return output, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
@@ -159,8 +203,11 @@ def _records(
     problems: Sequence[Problem],
     task: Task,
     run: RunOptions,
-    output: Output,
+    measured: tuple[Output, int | None] | None,
 ) -> list[Record]:
+    if measured is None:
+        return [_failed(row, number, index, problems[index], run) for index in batch]
+    output, peak_memory = measured
     spec, tokenizer, stats = row.model.spec, row.model.tokenizer, output.stats
     born, begins = output.born.tolist(), output.begin.tolist()
     records = []
@@ -177,7 +224,7 @@ def _records(
                 problem=problem.id,
                 prompt=problem.prompt,
                 reference=problem.reference,
-                prompt_hash=hashlib.sha256(problem.prompt.encode()).hexdigest()[:16],
+                prompt_hash=_hash(problem),
                 prompt_tokens=len(prompt),
                 output=tuple(ids),
                 pieces=_pieces(tokenizer, body),
@@ -202,9 +249,41 @@ def _records(
                 raw_text=raw,
                 given=_given(row, problem_index, index, counted, output),
                 extra={**grade.extra, **{name: values[index] for name, values in stats.extra.items() if name != "given"}},
+                peak_memory=peak_memory,
             )
         )
     return records
+
+
+def _failed(row: Row, number: int, index: int, problem: Problem, run: RunOptions) -> Record:
+    """A problem that memory does not suffice for: a wrong answer that took nothing."""
+    counts = dict.fromkeys(("nfe", "tokens", "canvas_tokens", "lanes", "steps", "commits", "forced", "edits"), 0)
+    return Record(
+        configuration=row.name,
+        problem=problem.id,
+        prompt=problem.prompt,
+        reference=problem.reference,
+        prompt_hash=_hash(problem),
+        prompt_tokens=len(row.prompts[index]),
+        output=(),
+        pieces=(),
+        text="",
+        correct=False,
+        steps_right=0.0,
+        exact=False,
+        born=(),
+        seconds=0.0,
+        batch=number,
+        batch_rows=1,
+        batch_seconds=0.0,
+        seed=run.seed + index,
+        failed="out of memory",
+        **counts,
+    )
+
+
+def _hash(problem: Problem) -> str:
+    return hashlib.sha256(problem.prompt.encode()).hexdigest()[:16]
 
 
 def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:
