@@ -116,12 +116,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a run beside its answers. what: `out_of_memory`. text: for people. batch_size: the largest from here on."""
+    """What happened to a run beside its answers. text: for people. values: for programs.
+
+    what: `out_of_memory` (values: batch_size, the largest of this configuration from here on), or `measured` (values: answers, processes,
+    seconds: wall time of decoding and grading without warm-up, in the process that took longest).
+    """
 
     what: str
-    configuration: str
     text: str
-    batch_size: int
+    configuration: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
 
 
@@ -269,7 +273,7 @@ class Ledger:
 
     def note(self, event: Event) -> None:
         """Add an event. Raises LedgerError."""
-        self._write(_line("event", asdict(event)))
+        self._write(event_line(event))
 
     def only(self, configuration: str) -> "Ledger":
         """The same open file, as far as one configuration is concerned."""
@@ -296,6 +300,11 @@ class Ledger:
 def record_line(record: Record) -> bytes:
     """A record as it stands in the file. Tokens per forward, a quotient of two fields, is there for other readers."""
     return _line("record", {**asdict(record), "tokens_per_forward": record.tokens_per_forward})
+
+
+def event_line(event: Event) -> bytes:
+    """An event as it stands in the file."""
+    return _line("event", asdict(event))
 
 
 def header_line(header: Header) -> bytes:
@@ -325,7 +334,7 @@ def open_ledger(path: Path, header: Header) -> Iterator[Ledger]:
         finally:
             fresh.unlink(missing_ok=True)
     with path.open("r+b", buffering=0) as stream:  # unbuffered: what a full disk refused is not tried again when the file is closed
-        _lock(stream, path)
+        lock(stream, path)
         if os.fstat(stream.fileno()).st_ino != path.stat().st_ino:  # a run that started in the same moment renamed its file over ours
             raise _busy(path)
         found = contents(path)
@@ -444,8 +453,11 @@ def _line(kind: str, content: Mapping[str, Any]) -> bytes:
     return json.dumps({"kind": kind, **content}, default=str, ensure_ascii=False).encode() + b"\n"
 
 
-def _lock(stream: IO[bytes], path: Path) -> None:
-    """Two runs appending to one ledger would interleave batches. The lock goes with the process, even a killed one."""
+def lock(stream: IO[bytes], path: Path) -> None:
+    """Raises LedgerError if another process has the file: two runs appending to one ledger would interleave batches.
+
+    The lock goes with its process, even a killed one: nothing stale is left behind.
+    """
     if sys.platform == "win32":  # no advisory locks there; everything else works
         return
     import fcntl

@@ -10,7 +10,8 @@ import functools
 import gc
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from dllm_toolkit.drivers.base import Denoise, Driver
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger, provenance
 from dllm_toolkit.evaluation.ledger import Event, Ledger, Record
+from dllm_toolkit.evaluation.processes import ALONE, Processes
 from dllm_toolkit.evaluation.room import Room, first_line, ran_out
 from dllm_toolkit.evaluation.tasks import Problem, Task
 
@@ -93,36 +95,50 @@ def fill(
     task: Task,
     run: RunOptions,
     device: torch.device,
-) -> None:
-    """Measure what the ledger lacks, batch by batch; models move to `device` and `run.dtype` when their row comes."""
-    done = {(record.configuration, record.problem) for record in book.records}
+    *,
+    done: Collection[tuple[str, str]] | None = None,
+    here: Processes = ALONE,
+) -> float:
+    """Measure what the ledger lacks, batch by batch; models move to `device` and `run.dtype` when their row comes.
+
+    done: (configuration, problem) of what is there; None: what `book` holds. here: of the missing batches this process takes its share, in
+    turn with the others. Returns the wall seconds of decoding and grading, without warm-up.
+    """
+    if done is None:
+        done = {(record.configuration, record.problem) for record in book.records}
     total = len(rows) * len(problems)
-    if done:
+    if done and here.first:
         rest = "continuing" if len(done) < total else "nothing is measured again; delete the file or write output=... to do so"
         print(f"note: {book.path} already holds {len(done)} of {total} answers; {rest}", file=sys.stderr)
     size = run.batch_size
     batches = [range(start, min(start + size, len(problems))) for start in range(0, len(problems), size)]
-    with _progress(total, len(done)) as tick:
+    turn, seconds = 0, 0.0
+    with _progress(total, len(done), shown=here.first) as tick:
         before: list[Any] = []
         for row in rows:
             # A batch that memory had no room for may be there in part.
             missing = [(number, [i for i in batch if (row.name, problems[i].id) not in done]) for number, batch in enumerate(batches)]
             missing = [(number, batch) for number, batch in missing if batch]
+            # Turns go on over rows, so that no process takes the first batch, which is the largest, of all of them.
+            turn, missing = turn + len(missing), missing[(here.rank - turn) % here.count :: here.count]
             if not missing:
                 continue
             before = _place(row, before, run, device)
             tick(row.name, 0)
-            room = _room(book, row, run)
+            room = _room(book, row, run, here)
             for batch in batches[: -(-run.warm_up // size)]:
                 for _ in room.parts(batch, functools.partial(_decode, row, run=run)):
                     pass
             gc.collect()
+            clock = time.perf_counter()
             for number, batch in missing:
                 for part, measured in room.parts(batch, functools.partial(_measured, row, run=run, device=device)):
                     if measured is None:
                         room.told(f"{problems[part[0]].id} does not fit into memory, alone ({room.problem}); recorded as failed", room.size)
                     book.append(_records(row, number, part, problems, task, run, measured))
                     tick(row.name, len(part))
+            seconds += time.perf_counter() - clock
+    return seconds
 
 
 def _place(row: Row, before: Sequence[Any], run: RunOptions, device: torch.device) -> list[Any]:
@@ -143,17 +159,22 @@ def _place(row: Row, before: Sequence[Any], run: RunOptions, device: torch.devic
     return row.models
 
 
-def _room(book: Ledger, row: Row, run: RunOptions) -> Room:
+def _room(book: Ledger, row: Row, run: RunOptions, here: Processes) -> Room:
     """As much as an earlier process of this run found room for. What changes is told on the terminal and in the ledger."""
 
     def told(text: str, size: int) -> None:
-        print(f"note: {row.name}: {text}", file=sys.stderr, flush=True)
-        book.note(Event("out_of_memory", row.name, f"{row.name}: {text}", size, provenance.now()))
+        place = "" if here.count == 1 else f"process {here.rank}: "
+        print(f"note: {place}{row.name}: {text}", file=sys.stderr, flush=True)
+        book.note(Event("out_of_memory", f"{row.name}: {text}", row.name, {"batch_size": size}, provenance.now()))
 
-    return Room(min([run.batch_size, *(event.batch_size for event in book.events if event.configuration == row.name)]), told)
+    earlier = [int(event.values["batch_size"]) for event in book.events if event.configuration == row.name]
+    return Room(min([run.batch_size, *earlier]), told)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, here: Processes = ALONE) -> torch.device:
+    """The device that a recipe names; of several processes each gets a GPU of its own. Raises CompareError."""
+    if here.count > 1:
+        return _own_device(name, here)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -167,6 +188,20 @@ def find_device(name: str) -> torch.device:
             f"run.device is not on this machine, got {name!r}: {torch.cuda.device_count()} CUDA devices here. Write device: auto or cpu."
         )
     return device
+
+
+def _own_device(name: str, here: Processes) -> torch.device:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    device = find_device(name)
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise CompareError(f"run.device names one GPU, got {name!r} for {here.count} processes. They would share it. Write device: cuda.")
+    if there < here.local:
+        raise CompareError(f"{here.local} processes of this machine need a GPU each, got {there}. Start fewer: --nproc_per_node {there}.")
+    return torch.device("cuda", here.local_rank)
 
 
 def _measured(row: Row, batch: Sequence[int], run: RunOptions, device: torch.device) -> tuple[Output, int | None]:
@@ -305,8 +340,11 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
+def _progress(total: int, done: int, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
     """Yields tick(configuration, answers): a bar on stderr; where stderr is no terminal, a line as each configuration starts."""
+    if not shown:
+        yield lambda *_: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
