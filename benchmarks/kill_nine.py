@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from dllm_toolkit.evaluation import ledger
@@ -39,8 +40,10 @@ def held(output: Path) -> int:
 
 
 def stripped(path: Path) -> tuple[object, list[ledger.Record]]:
-    header, records = ledger.read(path)
-    return (header.recipe_hash, header.made_of, header.made_on, header.notes), ledger.but_for_times(records)
+    """Header, events and records but for times and dates; how long it took is an event that is nothing else."""
+    found = ledger.contents(path)
+    events = [(event.what, event.configuration, event.values) for event in found.events if event.what != "measured"]
+    return (replace(found.header, date=""), events), ledger.but_for_times(found.records)
 
 
 def main(arguments: list[str] | None = None) -> int:
