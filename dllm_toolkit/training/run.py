@@ -73,7 +73,7 @@ class TrainerSettings:
             if value is not None and value < 1:
                 raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
         if self.strategy not in STRATEGIES:
-            raise TrainError(f"strategy is an invalid strategy name, got {self.strategy!r}. Write one of {', '.join(STRATEGIES)}.")
+            raise TrainError(f"strategy has no such name, got {self.strategy!r}. Write one of {', '.join(STRATEGIES)}.")
         if self.strategy == "fsdp" and self.precision == "64-true":
             raise TrainError("precision 64-true is not there with strategy fsdp. Write precision: 32-true, or strategy: ddp.")
         if self.validate_every < 0:
