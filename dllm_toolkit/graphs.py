@@ -93,6 +93,10 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+def _expanded(tensor: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 class Pool:
     """What the graphs of one decode share: the tensors that stay where they are, and the time spent on compiling and recording."""
 
@@ -154,7 +158,7 @@ class _Recording:
         self.inputs = [one if pool.owns(one) else one.clone() for one in given]
         self.static = rebuild(arguments, iter(self.inputs))
         # A tensor that was expanded has several elements in one place: nobody writes to it.
-        touched = [one for one in (*self.inputs, *kept) if all(step or size == 1 for step, size in zip(one.stride(), one.shape, strict=True))]
+        touched = [one for one in (*self.inputs, *kept) if not _expanded(one)]
         before = [one.clone() for one in touched]
         if pool.kind == "cuda":
             stream = torch.cuda.Stream()

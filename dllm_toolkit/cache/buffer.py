@@ -16,19 +16,22 @@ from torch import Tensor, nn
 
 
 class LayerBuffer(NamedTuple):
-    """The keys and values of one layer: views into a `KVBuffer`."""
+    """The keys and values of one layer: views into a `KVBuffer`, row behind row [B * S, H * D].
 
-    keys: Float[Tensor, "B S H D"]
-    values: Float[Tensor, "B S H D"]
+    Flat, because a compiler writes in place only into what it was given, not into a view of it.
+    """
+
+    keys: Float[Tensor, "BS HD"]
+    values: Float[Tensor, "BS HD"]
 
     def write(
         self, index: Int[Tensor, "BW"], keys: Float[Tensor, "B W H D"], values: Float[Tensor, "B W H D"]
     ) -> tuple[Float[Tensor, "B S H D"], Float[Tensor, "B S H D"]]:
         """Store new keys and values in place; return the whole buffers."""
-        # Whole rows move at once: index_copy_ on [B * S, H * D] is a plain memcpy per lane on every backend.
+        rows, _, heads, size = keys.shape
         for whole, new in zip(self, (keys, values), strict=True):
-            whole.view(whole.shape[0] * whole.shape[1], -1).index_copy_(0, index, new.reshape(index.numel(), -1))
-        return self.keys, self.values
+            whole.index_copy_(0, index, new.reshape(index.numel(), -1))  # whole rows: a plain memcpy per lane on every backend
+        return self.keys.view(rows, -1, heads, size), self.values.view(rows, -1, heads, size)
 
 
 class KVBuffer(nn.Module):
@@ -72,7 +75,8 @@ class KVBuffer(nn.Module):
 
     def layer(self, layer: int) -> LayerBuffer:
         """One layer's keys and values."""
-        return LayerBuffer(self.keys[layer], self.values[layer])
+        flat = self.rows * self.slots
+        return LayerBuffer(self.keys[layer].view(flat, -1), self.values[layer].view(flat, -1))
 
     def write_values(self, layer: int, index: Int[Tensor, "BW"], values: Float[Tensor, "B W H D"]) -> None:
         """Store one layer's new values in place and leave its keys alone."""

@@ -43,6 +43,7 @@ class BlockDecoder(Decoder):
     stop: Stop = field(default_factory=AtEos)
 
     def init(self, state: State) -> State:
+        _ = self.looks_back, self.wants_answer  # known before a step is compiled: looking for them takes a lock
         return state.with_part(
             schedule=self.schedule.init(state),
             propose=self.propose.init(state),
