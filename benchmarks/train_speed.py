@@ -335,10 +335,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(told(key, found[key]), file=sys.stderr, flush=True)
     table = {key: found[key] for key in chosen}
     start = next((table[key] for key in ("official", "dense") if "ms" in table.get(key, {})), None)
-    for row in table.values() if start is not None else ():
-        if "ms" in row:
+    for row in table.values():
+        if start is not None and "ms" in row:
             row["speed_up"] = round(row["tokens_per_second"] / start["tokens_per_second"], 2)
-        if "gb" in row:
+        if start is not None and "gb" in row:
             row["memory_share"] = round(row["gb"] / start["gb"], 2)
     print("\n".join(["", *(told(key, row) for key, row in table.items())]), file=sys.stderr, flush=True)
     result = {

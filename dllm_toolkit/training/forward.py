@@ -75,7 +75,7 @@ class Forward:
             x = x.detach().requires_grad_()  # else the first layer above a frozen embedding is a graph of its own
         run = _compiled_layer() if self.compile else _layer
         for layer in model.layers:
-            x = run(layer, x, lanes, tiles, keep)
+            x = run(layer, x, lanes, tiles, keep)  # type: ignore[arg-type]
         return x
 
     def rows(self, model: Transformer, wanted: Bool[Tensor, "B L"]) -> Int[Tensor, "N"]:
@@ -129,7 +129,7 @@ def _head(model: Transformer) -> Tensor:
     return model.lm_head.weight
 
 
-def _layer(layer: nn.Module, x: Tensor, lanes: Lanes, tiles: BlockMask | None, keep: Checkpoint) -> Tensor:
+def _layer(layer: Layer, x: Tensor, lanes: Lanes, tiles: BlockMask | None, keep: Checkpoint) -> Tensor:
     if keep == "none":
         return _through(layer, x, lanes, tiles)
     how: dict[str, Any] = {"use_reentrant": False}

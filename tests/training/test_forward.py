@@ -79,3 +79,20 @@ def test_what_cannot_be_computed_is_refused() -> None:
     model = transformer(vocab_size=61, mask_id=60, eos_ids=[59], pad_id=59, width=32, layers=1, heads=2, max_positions=64)
     with pytest.raises(ForwardError, match="without lm_head"):
         step(inject(model, Lora(targets=("lm_head",))), D2FDistillation(block_length=8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "layers"])
+def test_compiled_tiles_give_the_dense_step_on_a_gpu(checkpoint: Any) -> None:
+    batch = Batch(BATCH.tokens.cuda(), BATCH.prompt_length.cuda(), BATCH.answer_length)
+    found = []
+    for objective in (
+        D2FDistillation(block_length=8),
+        D2FDistillation(block_length=8, forward=Forward(checkpoint=checkpoint, chunk=16)).compiled(),
+    ):
+        model = student(torch.float32).cuda()
+        loss = objective(model, batch, torch.Generator("cuda").manual_seed(1)).value
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (loss, gradient), (other, second) = found
+    assert torch.allclose(loss, other, rtol=1e-4) and float((gradient - second).norm() / gradient.norm()) < 1e-2
