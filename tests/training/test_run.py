@@ -208,7 +208,7 @@ def test_time_ends_a_run_and_anneals_it(tmp_path) -> None:
         ({"trainer": {"max_minutes": 0}}, "max_minutes must be above 0"),
         ({"trainer": {"max_steps": 1, "gradient_clip": 0}}, "gradient_clip must be above 0"),
         ({"trainer": {"max_steps": 1, "validate_every": -1}}, "validate_every must be 0 or more"),
-        ({"trainer": {"max_steps": 1, "accelerator": "cpu", "strategy": "x"}}, "trainer.strategy: strategy has no such name, got .x.. Write one of auto, ddp"),
+        ({"trainer": {"max_steps": 1, "accelerator": "cpu", "strategy": "x"}}, "no such name, got .x.. Write one of auto"),
         ({"trainer": {"max_steps": 1, "strategy": "fsdp", "precision": "64-true"}}, "64-true is not there with strategy fsdp"),
         ({"data": {"_component_": "stories", "batch_size": 4, "answer_length": 2}}, "data: answer_length must be at least 80"),
         ({"data": {"_component_": "stories", "batch_size": 4, "workers": -1}}, "workers must be 0 or more"),
