@@ -43,7 +43,7 @@ def stripped(path: Path) -> tuple[object, list[ledger.Record]]:
     """Header, events and records but for times and dates; how long it took is an event that is nothing else."""
     found = ledger.contents(path)
     events = [(event.what, event.configuration, event.values) for event in found.events if event.what != "measured"]
-    return (replace(found.header, date=""), events), ledger.but_for_times(found.records)
+    return (replace(found.header, date="", recipe={}), events), ledger.but_for_times(found.records)  # the recipe has its hash
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -201,7 +201,9 @@ def _own_device(name: str, here: Processes) -> torch.device:
         raise CompareError(f"run.device names one GPU, got {name!r} for {here.count} processes. They would share it. Write device: cuda.")
     if there < here.local:
         raise CompareError(f"{here.local} processes of this machine need a GPU each, got {there}. Start fewer: --nproc_per_node {there}.")
-    return torch.device("cuda", here.local_rank)
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)  # streams and graphs are made on the current one
+    return device
 
 
 def _measured(row: Row, batch: Sequence[int], run: RunOptions, device: torch.device) -> tuple[Output, int | None]:

@@ -118,7 +118,7 @@ def joined() -> Iterator[Processes]:
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.fabric.strategies import DDPStrategy
 
-    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.distributed"):
+    for name in ("lightning.fabric", "lightning.pytorch"):  # their lines say nothing about the run
         logging.getLogger(name).setLevel(logging.WARNING)
     strategy = DDPStrategy(process_group_backend="gloo", timeout=_PATIENCE)
     fabric = Fabric(

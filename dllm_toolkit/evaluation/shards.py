@@ -43,6 +43,8 @@ def open_shared(path: Path, header: Header, here: Processes, problems: Sequence[
                 with here.together():
                     own = closed.enter_context(ledger.open_ledger(_shard(path, here.rank), header))
                 yield replace(own, events=events), () if main is None else main.records
+            with here.together():  # every shard is closed
+                pass
             main = _collect(main, path, header, here)
         with here.together():
             if main is not None:

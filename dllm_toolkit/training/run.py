@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation.processes import announced
+from dllm_toolkit.evaluation.processes import ALONE, announced
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.transformer import Transformer
@@ -143,6 +143,8 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
+    # Compiled are pieces of a step; cut up at the buckets of DDP they would only be more graphs, and some operators cannot be cut.
+    torch._dynamo.config.optimize_ddp = False
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     module = DiffusionModule(
         model,
@@ -323,8 +325,9 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
 
 def _places(settings: TrainerSettings) -> tuple[int, int]:
     """Devices a machine, and machines. What torchrun started counts."""
-    here = announced()
-    if here.count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:  # Lightning starts the other processes, and announces them, itself
+    # Other processes are Lightning's own to start and to announce.
+    here = announced() if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
+    if here.count == 1:
         return settings.devices, 1
     if settings.devices not in (1, here.local):
         raise TrainError(
