@@ -143,9 +143,11 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    # Compiled are pieces of a step; cut up at the buckets of DDP they would only be more graphs, and some operators cannot be cut.
-    torch._dynamo.config.optimize_ddp = False
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+    compile = on_gpu if settings.compile == "auto" else settings.compile
+    if compile and trainer.world_size > 1:
+        # Compiled are pieces of a step; cut up at the buckets of DDP they would only be more graphs, and some operators cannot be cut.
+        torch._dynamo.config.optimize_ddp = False
     module = DiffusionModule(
         model,
         built.objective,
@@ -155,7 +157,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         gradient_clip=settings.gradient_clip,
         max_steps=settings.max_steps,
         max_minutes=settings.max_minutes,
-        compile=on_gpu if settings.compile == "auto" else settings.compile,
+        compile=compile,
         seed=built.seed,
     )
     device = trainer.strategy.root_device
