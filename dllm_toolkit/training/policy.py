@@ -169,13 +169,13 @@ class Trajectory(Estimator):
         _check_shrink(self.shrink)
 
     def views(self, rollouts: Rollouts, spec: ModelSpec, generator: torch.Generator) -> Views:
-        # Steps are numbered over all that was written, also behind the end of text: the model saw those tokens.
+        # Steps are numbered over all that was decided, also behind the end of text: the model saw those tokens.
         answer = rollouts.batch.answer
         group = groups_of_steps(rollouts.born, answer & (rollouts.born >= 0), self.shrink)
         number = torch.arange(int(group.max()) + 1, device=group.device).view(-1, 1, 1)
         # What nobody decided (fill behind the end) was masked for as long as the row was decoded.
         masked = answer & ((group >= number) | (group < 0))
-        return Views(rollouts.tokens.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float())
+        return Views(rollouts.decided.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float())
 
 
 @register("estimator", "rounds")
@@ -209,7 +209,7 @@ class Rounds(Estimator):
             group = torch.where(here, groups_of_steps(rollouts.born, here, self.shrink), group)
         number = torch.arange(int(group.max()) + 1, device=group.device).view(-1, 1, 1)
         masked = answer & ((group >= number) | (group < 0))
-        return Views(rollouts.tokens.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float(), doubled=True)
+        return Views(rollouts.decided.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float(), doubled=True)
 
 
 def blocks_of(rollouts: Rollouts, spec: ModelSpec) -> Int[Tensor, "B L"]:

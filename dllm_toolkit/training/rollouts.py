@@ -11,7 +11,7 @@ References: GRPO (arXiv 2402.03300) for groups; Dr. GRPO (arXiv 2503.20783) for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.measure import judged
 from dllm_toolkit.evaluation.tasks import Grade, Task
+from dllm_toolkit.state import State
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 
@@ -59,11 +60,16 @@ class Reward:
 
 
 class Rollouts(NamedTuple):
-    """Answers to learn from. born: decoding step of each token, -1 where nobody decided it. counted: the tokens that learn."""
+    """Answers to learn from.
+
+    tokens: the finished canvas. decided, born: the token that the decoder decided at each position and the step in which it did, as
+    `Diary` has them; born is -1 where it was masked to the end. counted: the tokens that learn.
+    """
 
     tokens: Int[Tensor, "B L"]
     prompt_length: Int[Tensor, "B"]
     answer_length: int
+    decided: Int[Tensor, "B L"]
     born: Int[Tensor, "B L"]
     counted: Bool[Tensor, "B L"]
     advantage: Float[Tensor, "B"]
@@ -76,6 +82,26 @@ class Rollouts(NamedTuple):
     def pick(self, rows: Tensor | slice) -> Rollouts:
         """Some rows, by index, mask or slice."""
         return Rollouts(*(part[rows] if isinstance(part, Tensor) else part for part in self))  # type: ignore[arg-type]
+
+
+class Diary:
+    """A callback of `decode` that remembers each position's first token and the step of it.
+
+    The finished canvas does not: what a row decided behind its end of text, before it found that end, is end of text there too, but the
+    model saw it. A position that a stop rule filled while its row went on counts as decided in that step.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self.born = self.open = torch.empty(0)
+
+    def __call__(self, state: State) -> None:
+        if not len(self.tokens):
+            self.tokens, self.born, self.open = state.tokens, torch.full_like(state.born, -1), ~state.fixed
+        new = self.open & ~state.masked
+        step = torch.where(state.done, -1, state.step - 1).unsqueeze(1)
+        self.born = torch.where(new, torch.where(state.born >= 0, state.born, step), self.born)
+        self.tokens = torch.where(new, state.tokens, self.tokens)
+        self.open = self.open & state.masked
 
 
 class Pool:
@@ -105,11 +131,19 @@ class Pool:
         return order[within * count : (within + 1) * count].tolist()
 
     def answer(
-        self, model: Any, chosen: Sequence[int], decoder: Decoder, cache: Cache, seeds: Sequence[int]
+        self,
+        model: Any,
+        chosen: Sequence[int],
+        decoder: Decoder,
+        cache: Cache,
+        seeds: Sequence[int],
+        callback: Callable[[State], None] | None = None,
     ) -> tuple[Output, list[Grade]]:
-        """Decode one answer to each of the `chosen` problems, and grade it."""
+        """Decode one answer to each of the `chosen` problems, and grade it. callback: as `decode` has it."""
         prompts = [self.prompts[one] for one in chosen]
-        output = decode(model, decoder, prompts, max_new_tokens=self.max_new_tokens, cache=cache, seed=seeds, throw=False)
+        output = decode(
+            model, decoder, prompts, max_new_tokens=self.max_new_tokens, cache=cache, seed=seeds, callback=callback, throw=False
+        )  # fmt: skip
         eos = model.spec.eos_ids
         grades = [
             judged(self.tokenizer, eos, self.task, self.problems[one], ids).grade for one, ids in zip(chosen, output.tokens, strict=True)
@@ -158,8 +192,8 @@ def collect(
     Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, and how many groups were left
     out. Row r of the call decodes with a seed made of (seed, r).
     """
-    rows = [one for one in chosen for _ in range(group)]
-    output, grades = pool.answer(model, rows, decoder, cache, [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))])
+    rows, diary = [one for one in chosen for _ in range(group)], Diary()
+    output, grades = pool.answer(model, rows, decoder, cache, [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))], diary)
     device = output.canvas.device
     rewards = torch.tensor([reward(grade) for grade in grades], device=device).view(-1, group)
     solved = torch.tensor([grade.correct for grade in grades], device=device).view(-1, group).any(1)
@@ -174,13 +208,17 @@ def collect(
         "equal_groups": int((solved & equal).sum()),
         "forwards": max(output.stats.nfe),
     }
-    everything = Rollouts(
-        # Copies: what inference mode made cannot be part of a graph.
-        tokens=output.canvas.clone(),
-        prompt_length=output.begin.clone(),
-        answer_length=pool.max_new_tokens,
-        born=output.born.clone(),
-        counted=counted_tokens(output, pool.max_new_tokens, model.spec.eos_ids, after_end).clone(),
-        advantage=advantages(rewards, baseline, scale).flatten(),
-    )
-    return everything.pick(teaches), told
+    learned = advantages(rewards, baseline, scale).flatten()
+    return rollouts_of(output, diary, pool.max_new_tokens, model.spec.eos_ids, learned, after_end).pick(teaches), told
+
+
+def rollouts_of(
+    output: Output, diary: Diary, answer_length: int, eos_ids: Sequence[int], advantage: Float[Tensor, "B"], after_end: bool = False
+) -> Rollouts:
+    """A decode with its diary, as rollouts."""
+    counted = counted_tokens(output, answer_length, eos_ids, after_end)
+    # Copies: what inference mode made cannot be part of a graph.
+    tokens, begin, decided, born, counted = (
+        one.clone() for one in (output.canvas, output.begin, diary.tokens, diary.born, counted)
+    )  # fmt: skip
+    return Rollouts(tokens, begin, answer_length, decided, born, counted, advantage)
