@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -343,16 +343,16 @@ class PolicyGradient:
         members = decoder.members()
         if any(isinstance(one, Propose) and getattr(one, "temperature", None) == 0 for one in members):
             raise PolicyError(
-                "rollouts must differ, got a decoder of temperature 0. All answers to a problem would be the same one, without an advantage. "
+                "rollouts must differ, got a decoder of temperature 0. All answers to a problem would be one, without an advantage. "
                 "Write temperature: 1.0 in the decoder."
             )
         if self.estimator.needs_trace:
             for one in members:
                 if (isinstance(one, Revise) and not one.monotone) or (isinstance(one, Decoder) and one.leaps):
                     raise PolicyError(
-                        f"the estimator follows the decoder's steps, got a decoder with {name_of(one) or type(one).__name__}, which changes "
-                        "what it decided or skips steps. The states that it went through cannot be told from the answer. Write "
-                        "estimator: coupled, or another decoder."
+                        f"the estimator follows the decoder's steps, got a decoder with {name_of(one) or type(one).__name__}, which "
+                        "changes what it decided or skips steps. The states that it went through are not in the answer. "
+                        "Write estimator: coupled, or another decoder."
                     )
 
     def shares(self, rollouts: Rollouts, views: Views) -> Float[Tensor, "B L"]:

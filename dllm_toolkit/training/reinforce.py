@@ -339,7 +339,7 @@ def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     model = built.model.build()
     if not isinstance(model, Transformer) or format_of(model) is not None:
         what = type(model).__name__ if not isinstance(model, Transformer) else f"weights: {format_of(model)}"
-        raise TrainError(recipe.at(("model",), f"only the native Transformer with exact weights is trained, got {what}. Leave weights: out."))
+        raise TrainError(recipe.at(("model",), f"only the native Transformer with exact weights is trained, got {what}. Load another one."))
     with _placed(recipe, "decoder"):
         check(model.spec, built.decoder, built.cache)
     with _placed(recipe, "policy"):

@@ -79,7 +79,7 @@ def test_the_clip_holds_on_one_side_only() -> None:
 
 
 def test_the_penalty_is_the_k3_estimator() -> None:
-    """exp(d) - d - 1 with d = reference - current: 0 and flat where they agree, above 0 elsewhere, and KL(current || reference) on average."""
+    """exp(d) - d - 1, d = reference - current: 0 and flat where they agree, above 0 elsewhere, KL(current || reference) on average."""
     current = torch.tensor([[-1.0, -1.0, -1.0]], requires_grad=True)
     found = surrogate(current, current.detach(), torch.tensor([[-1.0, -0.5, -2.0]]), torch.zeros(1), 0.2, 0.1)
     assert torch.allclose(found.k3, torch.tensor([[0.0, 0.148721, 0.367879]]), atol=1e-6)
