@@ -40,12 +40,14 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
+from dllm_toolkit.training.estimators import Views, packed, score
 from dllm_toolkit.training.export import export, write_card
 from dllm_toolkit.training.lora import Lora, adapter_off, inject
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
-from dllm_toolkit.training.policy import PolicyGradient, Views, packed, score, surrogate
+from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.rollouts import Pool, Reward, Rollouts, collect
 from dllm_toolkit.training.run import TrainError, _placed, check_export, claim, owned, say
+from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
 
 _ROLLOUT, _VIEWS = 3, 4
 
@@ -62,16 +64,6 @@ class Sampling:
         for name, least in (("problems", 1), ("group", 2), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise TrainError(f"{name} must be at least {least}, got {getattr(self, name)}. It is a count. Write {name}: {least}.")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is decoded before and after: every problem of the task once, with a decoder of its own (temperature 0, say)."""
-
-    task: Task
-    decoder: Decoder
-    cache: Cache = field(default_factory=NoCache)
-    batch_size: int = 500
 
 
 @dataclass(frozen=True)
@@ -308,7 +300,7 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     module = PolicyModule(model.to(device), built, pool)
-    before = _before(built, module.model, judge)
+    earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         max_epochs=-1,
@@ -330,7 +322,7 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
             raise KeyboardInterrupt from None
         raise
     trainer.save_checkpoint(built.output / "last.ckpt")
-    _finish(recipe, built, module.to(device), judge, before)
+    _finish(recipe, built, module.to(device), judge, earlier)
     return module
 
 
@@ -356,65 +348,7 @@ def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     return model, pool
 
 
-# ---- before and after
-
-
-def _evaluated(built: PolicyRecipe, model: Transformer, judge: Pool) -> tuple[list[Grade], Batch]:
-    """Grades of all held-out problems, and the first answers as a batch (for the export to look at)."""
-    assert built.evaluation is not None
-    size, grades, batch = built.evaluation.batch_size, [], None
-    for first in range(0, len(judge.problems), size):
-        chosen = range(first, min(first + size, len(judge.problems)))
-        seeds = [built.seed + one for one in chosen]
-        output, found = judge.answer(model, chosen, built.evaluation.decoder, built.evaluation.cache, seeds)
-        grades += found
-        batch = batch or Batch(output.canvas, output.begin, judge.max_new_tokens)
-    assert batch is not None
-    return grades, batch
-
-
-def _before(built: PolicyRecipe, model: Transformer, judge: Pool | None) -> list[Grade]:
-    """How the untrained policy does; from the output directory if an earlier process of this run measured it."""
-    if judge is None:
-        return []
-    file = built.output / "before.json"
-    if file.is_file():
-        return [Grade(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-    begun = time.monotonic()
-    grades, _ = _evaluated(built, model, judge)
-    kept = [{"correct": bool(one.correct), "steps_right": float(one.steps_right), "exact": bool(one.exact)} for one in grades]
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(kept), encoding="utf-8")
-    unfinished.rename(file)
-    say(
-        f"before: exact {_share(grades, 'exact'):.1%}, correct {_share(grades, 'correct'):.1%} of {len(grades)} held-out problems, "
-        f"{time.monotonic() - begun:.1f} s"
-    )
-    return grades
-
-
-def _share(grades: Sequence[Grade], what: str) -> float:
-    return sum(float(getattr(grade, what)) for grade in grades) / len(grades)
-
-
-def _compared(before: Sequence[Grade], after: Sequence[Grade]) -> dict[str, Any]:
-    """Both accuracies and the paired difference with its 95 % bootstrap interval, of exact solutions and of final answers."""
-    from dllm_toolkit.evaluation.decoder_page import paired
-
-    told: dict[str, Any] = {"problems": len(after)}
-    for what in ("exact", "correct"):
-        difference = paired([float(getattr(one, what)) for one in after], [float(getattr(one, what)) for one in before])
-        told[what] = {
-            "before": _share(before, what),
-            "after": _share(after, what),
-            "difference": difference.mean,
-            "interval": [difference.low, difference.high],
-            "verdict": difference.verdict,
-        }
-    return told
-
-
-def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Pool | None, before: Sequence[Grade]) -> None:
+def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Pool | None, earlier: Sequence[Grade]) -> None:
     counts = module.counts
     say("  ".join(f"{name} {value}" for name, value in counts.items()) + f"  {module.seconds:.0f} s")
     if not counts["updates"]:
@@ -425,9 +359,9 @@ def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Po
         )
     result: dict[str, Any] = {"counts": counts, "iterations": module.iteration, "seconds": round(module.seconds, 1)}
     batch = None
-    if judge is not None:
-        after, batch = _evaluated(built, module.model, judge)
-        result |= _compared(before, after)
+    if judge is not None and built.evaluation is not None:
+        after, batch = evaluated(built.evaluation, module.model, judge, built.seed)
+        result |= compared(earlier, after)
         for what in ("exact", "correct"):
             one = result[what]
             say(

@@ -25,19 +25,8 @@ from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.testing.models import EOS, MASK, tiny_transformer
 from dllm_toolkit.testing.record import unequal
 from dllm_toolkit.training import policy as policies
-from dllm_toolkit.training.policy import (
-    Coupled,
-    Estimator,
-    OneStep,
-    PolicyError,
-    PolicyGradient,
-    Rounds,
-    Trajectory,
-    Views,
-    packed,
-    score,
-    surrogate,
-)
+from dllm_toolkit.training.estimators import Coupled, Estimator, OneStep, PolicyError, Rounds, Trajectory, Views, packed, score
+from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.reinforce import PolicyModule, PolicyRecipe, run_policy_training
 from dllm_toolkit.training.rollouts import Diary, Reward, Rollouts, advantages, rollouts_of
 from dllm_toolkit.training.run import TrainError
