@@ -54,11 +54,15 @@ _ROLLOUT, _VIEWS = 3, 4
 
 @dataclass(frozen=True)
 class Sampling:
-    """Each iteration's rollouts: `group` answers of max_new_tokens to each of `problems` problems, decoded as one batch."""
+    """Each iteration's rollouts: `group` answers of max_new_tokens to each of `problems` problems, decoded as one batch.
+
+    compile: as `decode` has it; it takes a minute at first, and pays in runs of many minutes.
+    """
 
     problems: int = 64
     group: int = 8
     max_new_tokens: int = 80
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("problems", 1), ("group", 2), ("max_new_tokens", 1)):
@@ -177,7 +181,8 @@ class PolicyModule(pl.LightningModule):
         chosen = self.pool.draw(number, built.rollouts.problems, built.seed)
         rollouts, told = collect(
             self.model, self.pool, chosen, built.rollouts.group, built.decoder, built.cache, built.reward,
-            seed=fold(built.seed, _ROLLOUT, number), baseline=policy.baseline, scale=policy.scale, after_end=policy.after_end,
+            seed=fold(built.seed, _ROLLOUT, number), baseline=policy.baseline, scale=policy.scale,
+            after_end=policy.after_end, compile=built.rollouts.compile,
         )  # fmt: skip
         sampled = time.monotonic()
         for name in ("groups", "unsolved_groups", "equal_groups"):

@@ -137,12 +137,15 @@ class Pool:
         decoder: Decoder,
         cache: Cache,
         seeds: Sequence[int],
+        *,
         callback: Callable[[State], None] | None = None,
+        compile: bool = False,
     ) -> tuple[Output, list[Grade]]:
-        """Decode one answer to each of the `chosen` problems, and grade it. callback: as `decode` has it."""
+        """Decode one answer to each of the `chosen` problems, and grade it. callback, compile: as `decode` has them."""
         prompts = [self.prompts[one] for one in chosen]
         output = decode(
-            model, decoder, prompts, max_new_tokens=self.max_new_tokens, cache=cache, seed=seeds, callback=callback, throw=False
+            model, decoder, prompts, max_new_tokens=self.max_new_tokens, cache=cache, seed=seeds,
+            callback=callback, compile=compile, throw=False,
         )  # fmt: skip
         eos = model.spec.eos_ids
         grades = [
@@ -186,6 +189,7 @@ def collect(
     baseline: Baseline = "mean",
     scale: bool = False,
     after_end: bool = False,
+    compile: bool = False,
 ) -> tuple[Rollouts, dict[str, float]]:
     """Sample `group` answers to each chosen problem and keep the groups that teach something; rows of a group stand together.
 
@@ -193,7 +197,8 @@ def collect(
     out. Row r of the call decodes with a seed made of (seed, r).
     """
     rows, diary = [one for one in chosen for _ in range(group)], Diary()
-    output, grades = pool.answer(model, rows, decoder, cache, [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))], diary)
+    seeds = [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))]
+    output, grades = pool.answer(model, rows, decoder, cache, seeds, callback=diary, compile=compile)
     device = output.canvas.device
     rewards = torch.tensor([reward(grade) for grade in grades], device=device).view(-1, group)
     solved = torch.tensor([grade.correct for grade in grades], device=device).view(-1, group).any(1)
