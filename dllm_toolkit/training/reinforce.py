@@ -50,6 +50,8 @@ from dllm_toolkit.training.run import TrainError, _placed, check_export, claim, 
 from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
 
 _ROLLOUT, _VIEWS = 3, 4
+HOPELESS = 20
+"""A run whose first so many iterations taught nothing ends there."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class PolicyModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         settings, output = self.built.trainer, self.built.output
-        over = self.progress >= 1.0
+        over = self.progress >= 1.0 or (self.iteration == HOPELESS and not self.counts["updates"])
         if self.iteration % settings.log_every == 0 or over:
             shown = {**self.told, **self.counts, "seconds": self.seconds}
             self.trainer.logger.log_metrics({f"train/{name}": value for name, value in shown.items()}, self.iteration)  # type: ignore[union-attr]
