@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ from dllm_toolkit.evaluation import ledger, provenance
 from dllm_toolkit.evaluation.ledger import Event, Ledger, Record
 from dllm_toolkit.evaluation.processes import ALONE, Processes
 from dllm_toolkit.evaluation.room import Room, first_line, ran_out
-from dllm_toolkit.evaluation.tasks import Problem, Task
+from dllm_toolkit.evaluation.tasks import Grade, Problem, Task
 
 Templates = tuple[tuple[int | None, ...], ...] | None
 """Of each problem the answer's skeleton, None for what is to be decoded; or None where answers have no skeleton."""
@@ -252,9 +252,7 @@ def _records(
         problem, prompt, ids = problems[problem_index], row.prompts[problem_index], output.tokens[index]
         counted = ledger.answer_tokens(ids, spec.eos_ids)
         body = ids[:counted]
-        raw = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
-        text = task.cut(raw)
-        grade = task.grade(problem, text)
+        raw, text, grade = judged(tokenizer, spec.eos_ids, task, problem, ids)
         records.append(
             Record(
                 configuration=row.name,
@@ -321,6 +319,22 @@ def _failed(row: Row, number: int, index: int, problem: Problem, run: RunOptions
 
 def _hash(problem: Problem) -> str:
     return hashlib.sha256(problem.prompt.encode()).hexdigest()[:16]
+
+
+class Judged(NamedTuple):
+    """An answer's text, the part of it that was graded, and the verdict."""
+
+    raw: str
+    text: str
+    grade: Grade
+
+
+def judged(tokenizer: Any, eos_ids: Sequence[int], task: Task, problem: Problem, ids: Sequence[int]) -> Judged:
+    """Text and grade of an answer: up to and without the first end of text, then up to the task's first stop string."""
+    body = ids[: ledger.answer_tokens(ids, eos_ids)]
+    raw = tokenizer.decode(body[:-1] if body and body[-1] in eos_ids else body, skip_special_tokens=True)
+    text = task.cut(raw)
+    return Judged(raw, text, task.grade(problem, text))
 
 
 def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:
