@@ -3,8 +3,9 @@
     python benchmarks/kill_nine.py recipes/quickstart.yaml task.size=8
     python benchmarks/kill_nine.py recipes/quickstart.yaml task.size=8 run.threads=1 --processes 2
 
-A run is a process group of its own and gets SIGKILL, workers included. Moments are even over what is left of the run, start-up included.
-A run that ends before its kill is compared too, and the next kill meets a new one. Equal: the same lines in the same order, but for what a
+A run is a process group of its own and gets SIGKILL, workers included. Moments are even over what is left to measure; one in five falls
+into the start-up. A run that ends before its kill is compared too, and the next kill meets a new one.
+Equal: the same lines in the same order, but for what a
 clock or a memory counter said. JSON on the last line; exit code 1 if a ledger differs.
 """
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +48,36 @@ def stripped(path: Path) -> tuple[object, list[ledger.Record]]:
     return (replace(found.header, date="", recipe={}), events), ledger.but_for_times(found.records)  # the recipe has its hash
 
 
+class Run:
+    """A comparison in a process group of its own. `working`: seconds after its start at which it began to measure, once it did."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log, self.started, self.working = log, time.monotonic(), None
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def ended(self) -> bool:
+        if self.working is None and ": starting" in self.log.read_text():
+            self.working = self.seconds
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def until(self, moment: Callable[["Run"], bool]) -> bool:
+        """Whether the moment came before the end."""
+        while not self.ended():
+            if moment(self):
+                return True
+            time.sleep(0.02)
+        return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -56,45 +88,41 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     draw = random.Random(options.seed)
     home = Path(tempfile.mkdtemp(prefix="kill_nine_"))
-    whole, killed = home / "whole", home / "killed"
-    clock = time.monotonic()
-    done = subprocess.run(command_of(options, 1, whole), capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
+    whole, killed, log = home / "whole", home / "killed", home / "errors"
+    run = Run(command_of(options, 1, whole), log)
+    run.until(lambda _: False)
+    if run.process.returncode or run.working is None:
+        print(log.read_text(), file=sys.stderr)
         return 2
-    seconds, expected = time.monotonic() - clock, stripped(whole / "ledger.jsonl")
-    print(f"uninterrupted: {len(expected[1])} answers, {seconds:.1f} s", file=sys.stderr, flush=True)
-    moments, equal, kills = [], [], 0
+    starting, working, expected = run.working, run.seconds - run.working, stripped(whole / "ledger.jsonl")
+    print(f"uninterrupted: {len(expected[1])} answers, {starting:.1f} s and {working:.1f} s", file=sys.stderr, flush=True)
+    moments: list[dict[str, float]] = []
+    equal: list[bool] = []
     while True:
-        clock, fresh = time.monotonic(), held(killed) == 0
-        with subprocess.Popen(
-            command_of(options, options.processes, killed),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            left = 1 - held(killed) / len(expected[1])
-            # A run whose answers are all there is left to finish, so that all kills meet work.
-            moment = draw.uniform(0, seconds * (0.3 + 0.7 * left)) if kills < options.kills and left > 0 else None
-            try:
-                _, said = process.communicate(timeout=moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                kills += 1
-                assert moment is not None
-                moments.append({"seconds": round(moment, 2), "answers": held(killed)})
-                print(f"kill {kills} after {moment:.1f} s: {held(killed)} answers are there", file=sys.stderr, flush=True)
+        missing = 1 - held(killed) / len(expected[1])
+        run = Run(command_of(options, options.processes, killed), log)
+        # A run whose answers are all there is left to finish, so that all kills meet work; one in five meets the start-up.
+        early, share = draw.random() < 0.2, draw.random()
+        if len(moments) < options.kills and missing > 0:
+            if early:
+                came = run.until(lambda one, share=share: one.seconds > share * starting)
+            else:
+                came = run.until(lambda one: one.working is not None)
+                end = run.seconds + share * working * missing / options.processes
+                came = came and run.until(lambda one, end=end: one.seconds > end)
+            if came:
+                run.kill()
+                after = run.seconds - (run.working or 0)
+                moments.append({"working": run.working is not None, "seconds": round(after, 2), "answers": held(killed)})
+                print(f"kill {len(moments)}: {moments[-1]}", file=sys.stderr, flush=True)
                 continue
-        if process.returncode:
-            print(said, file=sys.stderr)
+        run.until(lambda _: False)
+        if run.process.returncode:
+            print(log.read_text(), file=sys.stderr)
             return 2
-        if fresh:  # a machine with other work is not always as fast
-            seconds = time.monotonic() - clock
         equal.append(stripped(killed / "ledger.jsonl") == expected)
-        print(f"finished after {kills} kills: {'equal' if equal[-1] else 'DIFFERENT'}", file=sys.stderr, flush=True)
-        if kills == options.kills:
+        print(f"finished after {len(moments)} kills: {'equal' if equal[-1] else 'DIFFERENT'}", file=sys.stderr, flush=True)
+        if len(moments) >= options.kills:
             break
         shutil.rmtree(killed)
     left = sorted(path.name for path in killed.glob("ledger*.jsonl"))
