@@ -4,9 +4,8 @@
     python benchmarks/kill_nine.py recipes/quickstart.yaml task.size=8 run.threads=1 --processes 2
 
 A run is a process group of its own and gets SIGKILL, workers included. Moments are even over what is left to measure; one in five falls
-into the start-up. A run that ends before its kill is compared too, and the next kill meets a new one.
-Equal: the same lines in the same order, but for what a
-clock or a memory counter said. JSON on the last line; exit code 1 if a ledger differs.
+into the start-up. A run that ends before its kill is compared too, and the next kill meets a new one. Equal: the same lines in
+the same order, but for what a clock or a memory counter said. JSON on the last line; exit code 1 if a ledger differs.
 """
 
 from __future__ import annotations

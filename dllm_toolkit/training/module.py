@@ -190,21 +190,31 @@ class DiffusionModule(pl.LightningModule):
         training = self.model.training
         self.model.eval()
         try:
-            with nullcontext() if self.average is None else self.average.applied():
-                if isinstance(self, FSDPModule):
-                    self.unshard()
+            with nullcontext() if self.average is None else self.average.applied(), self._whole():
                 yield self.model
-                if isinstance(self, FSDPModule):
-                    self.reshard()
         finally:
             self.model.train(training)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Sharded weights are whole inside the block."""
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
 
     def on_validation_epoch_start(self) -> None:
         self._validation_losses = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        # Rows that do not go into equal parts are read by every process.
+        split = None if self._split is None or batch.tokens.shape[0] % self._split.world else self._split
         with self.averaged() as model:
-            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), split=self._split)
+            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), split=split)
         self._validation_losses.append(self._summed(loss)[0])
 
     def on_validation_epoch_end(self) -> None:
