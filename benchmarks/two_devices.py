@@ -57,7 +57,7 @@ def evaluation(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def training(options: argparse.Namespace, output: Path, devices: int, strategy: str) -> dict[str, Any]:
     batch = options.train_batch // devices
-    data = {"_component_": "stories", "size": options.train_batch * options.steps, "heldout": options.train_batch, "batch_size": batch}
+    data = {"_component_": "stories", "size": 32 * options.train_batch, "heldout": options.train_batch, "batch_size": batch}
     return {
         "model": {"_component_": "load", "path": "asset:teacher"},
         "data": data,
@@ -85,7 +85,10 @@ def run(command: str, tree: dict[str, Any], devices: int) -> float:
     file = output.with_suffix(".yaml")
     file.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"] if devices > 1 else []
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if devices == 1 else {}), "OMP_NUM_THREADS": "1"}
+    # One host: the processes need no name of it that anybody can look up.
+    environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1"}
+    if devices == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     clock = time.monotonic()
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "dllm_toolkit", command, str(file)],
