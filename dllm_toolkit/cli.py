@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_toolkit import __version__
-from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.errors import SaidElsewhere, ToolkitError
 
 # In the order in which `check` looks for a name that several kinds use.
 _CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop", "driver")
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dllm-toolkit list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SaidElsewhere:
+        return 2
     except ToolkitError as problem:
         print(problem, file=sys.stderr)
         return 2
@@ -97,6 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "compare recipes/quickstart.yaml",
         "compare recipes/quickstart.yaml task.size=8 output=runs/small",
         "compare recipes/compare/sweep.yaml --dry-run",
+        "compare recipes/quickstart.yaml run.device=cuda     # on 8 GPUs: torchrun --nproc_per_node 8 -m dllm_toolkit compare ...",
     )
     takes_recipe(compare)
     compare.add_argument("--dry-run", action="store_true", help="check everything, say what it will cost, and stop")
@@ -225,7 +228,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _harness(arguments: argparse.Namespace) -> int:
     from dllm_toolkit.evaluation.harness import HarnessRecipe, run_harness
+    from dllm_toolkit.evaluation.processes import require_alone
 
+    require_alone("harness")
     if arguments.tasks is not None:
         arguments.overrides = [*arguments.overrides, f"tasks=[{arguments.tasks}]"]
     recipe = _load(arguments, HarnessRecipe)

@@ -236,7 +236,7 @@ def draw_order(axes: Axes, record: Record, steps: int | None = None) -> None:
         vmin=0,
         vmax=3,
         origin="upper",
-        extent=(-0.5, len(born) - 0.5, height + 0.5, 0.5),  # steps count from 1, as in the text beside it
+        extent=(-0.5, max(1, len(born)) - 0.5, height + 0.5, 0.5),  # steps count from 1, as in the text beside it
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

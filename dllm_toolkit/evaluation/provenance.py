@@ -35,6 +35,7 @@ _DECIDING = (
     "evaluation/sandbox.py",
     "evaluation/sandbox_guard.py",
     "evaluation/measure.py",
+    "evaluation/room.py",
 )
 """Parts of the package that can change an answer or its speed; a new colour in a report is none of them."""
 
@@ -101,7 +102,9 @@ def problems_fingerprint(problems: Iterable[Any]) -> str:
 def versions() -> dict[str, str]:
     """Python, this package and the libraries that can change a number; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for name in ("dllm-toolkit", "torch", "transformers", "tokenizers", "numpy", "peft", "math-verify", "reasoning-gym"):
+    if torch.version.cuda is not None:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    for name in ("dllm-toolkit", "torch", "triton", "transformers", "tokenizers", "numpy", "peft", "math-verify", "reasoning-gym"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -59,7 +59,7 @@ class Throughput(pl.Callback):
         metrics = {name: float(value) for name, value in self._tensors(pl_module).items()}  # the one wait for the device
         now = time.monotonic()
         if self._mark is not None:
-            samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0] * trainer.world_size
+            samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0]
             metrics["samples_per_second"] = samples / (now - self._mark[0])
             metrics["tokens_per_second"] = metrics["samples_per_second"] * batch.tokens.shape[1]
         self._mark = (now, pl_module.batches)
@@ -135,14 +135,17 @@ class DecodeWhileTraining(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._done or step % self.every or not trainer.is_global_zero:
+        if step == self._done or step % self.every:
             return
         self._done = step
         assert isinstance(pl_module, DiffusionModule)
         self.report(trainer, pl_module, step)
 
     def report(self, trainer: pl.Trainer, module: DiffusionModule, step: int) -> None:
-        """Decode now and write the results at `step`."""
+        """Decode now and write the results at `step`: process 0 does; the others lend their part of the weights, where they are sharded."""
+        if not trainer.is_global_zero:
+            with module.averaged():
+                return
         from dllm_toolkit.decode import decode
         from dllm_toolkit.evaluation.ledger import answer_tokens
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.split import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,13 +73,17 @@ class Source:
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` (from 0, over all epochs) of this rank."""
+        return Split(self.rank, self.world).of(self.whole(index))
+
+    def whole(self, index: int) -> Batch:
+        """Batch number `index` of all ranks, in their order: what one process with as many rows would get."""
         epoch, within = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(fold(self.seed, epoch))
             order = torch.randperm(self.tokens.shape[0], generator=generator)
             self._order, self._epoch = order.to(self.tokens.device), epoch
-        start = (within * self.world + self.rank) * self.batch_size
-        return self.rows(self._order[start : start + self.batch_size])
+        size = self.world * self.batch_size
+        return self.rows(self._order[within * size : (within + 1) * size])
 
     def rows(self, chosen: Int[Tensor, "B"]) -> Batch:
         """The batch of the given rows."""
@@ -86,9 +91,10 @@ class Source:
         return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length)
 
     def all_batches(self) -> list[Batch]:
-        """The rows in order, in whole batches: a fixed validation set."""
-        indices = torch.arange(self.batches_per_epoch * self.batch_size, device=self.tokens.device)
-        return [self.rows(part) for part in indices.split(self.batch_size)]
+        """The rows in order, in whole batches of all ranks: a fixed validation set."""
+        size = self.world * self.batch_size
+        indices = torch.arange(self.batches_per_epoch * size, device=self.tokens.device)
+        return [self.rows(part) for part in indices.split(size)]
 
 
 class Rotation:
@@ -106,6 +112,10 @@ class Rotation:
         turn, which = divmod(index, len(self.parts))
         return self.parts[which].batch(turn)
 
+    def whole(self, index: int) -> Batch:
+        turn, which = divmod(index, len(self.parts))
+        return self.parts[which].whole(turn)
+
     def all_batches(self) -> list[Batch]:
         return [batch for part in self.parts for batch in part.all_batches()]
 
@@ -113,6 +123,7 @@ class Rotation:
 class Stream:
     """An endless iterable of training batches that starts where the module says: the loader of the Trainer.
 
+    A batch has the rows of all processes; what is this one's is decided after the noise was drawn (split.py).
     `start` is read when iteration begins, after a checkpoint was restored, so that resuming needs no loader state and Lightning may
     fetch ahead.
     """
@@ -123,7 +134,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         index = self.start()
         while True:
-            yield self.source.batch(index)
+            yield self.source.whole(index)
             index += 1
 
 
@@ -261,7 +272,9 @@ class StoryData(Data):
             prompt_length = torch.from_numpy(arrays[1].astype(np.int64)).to(device)
             return Source(tokens, prompt_length, self.answer_length, batch_size, seed, rank, world)
 
-        return source(train, self.batch_size, rank, world), source(heldout, min(self.batch_size, self.heldout), 0, 1)
+        return source(train, self.batch_size, rank, world), source(
+            heldout, max(1, min(self.batch_size, self.heldout // world)), rank, world
+        )
 
     def examples(self, count: int) -> list[Example]:
         from functools import partial
