@@ -21,7 +21,8 @@ from dllm_toolkit.citations import BIBLIOGRAPHY, NUMBER, papers_of
 from dllm_toolkit.decoders.base import Decoder, Part, Revise
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import curves, ledger
-from dllm_toolkit.evaluation.curves import Curve, Point, cache_of, component
+from dllm_toolkit.evaluation.curves import Curve, Point, cache_of
+from dllm_toolkit.evaluation.curves import component as _component
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 from dllm_toolkit.evaluation.left_out import LEFT_OUT
 from dllm_toolkit.evaluation.pictures import machine, pareto_figure, plural, sweep_figure
@@ -224,7 +225,7 @@ def _results_section(run: Run, picture: str) -> str:
                 *("" if speed[name] is None else f"{speed[name]:.2f}" for name in baselines),
             )
         )
-    made = f"{plural(count, 'problem')} of {component(header.recipe['task'])}, batch {header.batch_size}, {machine(header)}"
+    made = f"{plural(count, 'problem')} of {_component(header.recipe['task'])}, batch {header.batch_size}, {machine(header)}"
     version = f", commit {header.commit}" if header.commit else ""
     return "\n\n".join(
         (
@@ -365,8 +366,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _decoder_of(configuration: Mapping[str, Any]) -> str:
-    decoder, driver = component(configuration["decoder"]), configuration.get("driver")
-    return f"`{decoder}`" if driver is None else f"`{decoder}` under `{component(driver)}`"
+    decoder, driver = _component(configuration["decoder"]), configuration.get("driver")
+    return f"`{decoder}`" if driver is None else f"`{decoder}` under `{_component(driver)}`"
 
 
 def _first_line(entry: Any) -> str:
