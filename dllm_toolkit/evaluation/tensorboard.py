@@ -100,24 +100,29 @@ def _numbers(summary: Summary) -> dict[str, float]:
 def _row(writer: Any, name: str, settings: Mapping[str, Mapping[str, Any]], numbers: Mapping[str, Mapping[str, float]]) -> None:
     """Scalars and hparams of one row among all.
 
-    TensorBoard shows the columns that the first run it reads declares, so each declares those of all; and a column has one type, so a
-    setting that is a number here and a word there is a word everywhere.
+    TensorBoard shows the columns that the first run it reads declares, so each declares those of all. Its parallel coordinates leave out a
+    run that lacks one of the columns, so none does: only numbers that all rows have are columns, and a setting that a row has not is `-`.
     """
     from torch.utils.tensorboard.summary import hparams
 
     for key, value in numbers[name].items():
         writer.add_scalar(key, value)
-    kinds: dict[str, set[type]] = {}
-    for own in settings.values():
-        for key, value in own.items():
-            kinds.setdefault(key, set()).add(float if isinstance(value, int | float) and not isinstance(value, bool) else type(value))
-    mixed = {key for key, found in kinds.items() if len(found) > 1}
-    typed = {row: {key: str(value) if key in mixed else value for key, value in own.items()} for row, own in settings.items()}
-    columns = {key: value for own in typed.values() for key, value in own.items()}
-    metrics = {key: value for own in numbers.values() for key, value in own.items()}
+    columns = _columns(settings)
+    shared = {key: value for key, value in numbers[name].items() if all(key in own for own in numbers.values())}
     # `add_hparams` would open a sub-run of its own; the three summaries behind it belong into this run.
-    for piece in (hparams(columns, metrics)[0], *hparams(typed[name], dict(numbers[name]))[1:]):
+    for piece in hparams(columns[name], shared):
         writer.file_writer.add_summary(piece)
+
+
+def _columns(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each row every setting that one of them has. A column is numbers, yes or no, or words; mixed ones are words."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in settings}
+    for key in dict.fromkeys(key for own in settings.values() for key in own):
+        values = {name: own.get(key, "-") for name, own in settings.items()}
+        kinds = {float if isinstance(value, int | float) and not isinstance(value, bool) else type(value) for value in values.values()}
+        for name, value in values.items():
+            found[name][key] = value if len(kinds) == 1 else str(value)
+    return found
 
 
 def hyperparameters(configuration: Mapping[str, Any] | str, prefix: str = "") -> dict[str, Any]:

@@ -412,6 +412,8 @@ def test_tensorboard_shows_a_sweep_in_one_view(runs: tuple[Path, Path], tmp_path
     from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
     from tensorboard.plugins.hparams.backend_context import Context
 
+    from dllm_toolkit.evaluation.tensorboard import _columns
+
     folder = tmp_path / "board"
     for _ in range(2):  # the second time over the first
         assert run(capsys, *runs, "--format", "csv", "--tensorboard", folder)[0] == 0
@@ -420,11 +422,16 @@ def test_tensorboard_shows_a_sweep_in_one_view(runs: tuple[Path, Path], tmp_path
     context, request = Context(TBContext(data_provider=MultiplexerDataProvider(events, str(folder)))), RequestContext()
     experiment = get_experiment.Handler(request, context, "", api_pb2.GetExperimentRequest()).run()
     kinds = {info.name: api_pb2.DataType.Name(info.type) for info in experiment.hparam_infos}
-    assert kinds["decoder.threshold"] == "DATA_TYPE_FLOAT64" and kinds["run"] == kinds["decoder"] == "DATA_TYPE_STRING"
+    assert set(kinds.values()) == {"DATA_TYPE_STRING"}  # a threshold that some rows have not is no number
     asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=10, allowed_statuses=[0, 1, 2, 3])
     groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
     assert [group.name for group in groups] == sorted(ROWS)
     for group in groups:
         values = {value.name.tag: value.value for value in group.metric_values}
         assert set(values) == {info.name.tag for info in experiment.metric_infos} and "comparison/tokens_per_forward" in values
-    assert groups[1].hparams["decoder.threshold"].number_value == 0.5 and groups[2].hparams["run"].string_value == "two"
+        assert set(group.hparams) == set(kinds)  # parallel coordinates leave out a session that lacks a column
+    shown = {key: value.string_value for key, value in groups[1].hparams.items()}
+    assert shown == {"run": "two", "model": "student", "cache": "block_causal", "decoder": "d2f", "decoder.threshold": "0.5"}
+    assert groups[3].hparams["decoder.threshold"].string_value == "-"
+    numbers = {"one": {"threshold": 0.5, "early": True}, "two": {"threshold": 1, "early": False}}
+    assert _columns(numbers) == numbers  # all numbers: an axis with a scale
