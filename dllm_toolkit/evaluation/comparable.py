@@ -30,12 +30,15 @@ RULES: Mapping[str, frozenset[str]] = {
     "tokens per second": frozenset({"tokens_per_second"}),
     "latency": frozenset({"latency"}),
     "lanes": frozenset(),
+    "peak memory": frozenset(),
+    "failed": EVERYTHING,
     "accuracy": frozenset({"accuracy"}),
     "diversity": frozenset({"diversity"}),
     "perplexity": frozenset({"perplexity"}),
     "speed-up": frozenset(),
 }
 """Of each rule of counting (ledger.COUNTING, what stands before the colon) the columns that it defines."""
+_LATER = frozenset({"peak memory", "failed"})
 
 _COMPARED = frozenset({"models", "configurations", "model", "decoder", "cache", "driver", "baselines", "tasks", "likelihood", "base"})
 _WHICH = ("task.size", "task.seed", "task.path", "task.split", "task.examples", "size", "data")
@@ -130,14 +133,13 @@ def _headers(sources: Sequence[Source], shared: bool) -> Iterator[Disagreement]:
         key = field.partition(".")[2]
         holders = [source for source in sources if key in source.header.made_of]  # a ledger from before the fingerprint: see `remarks`
         yield from _differing(holders, field, lambda source, key=key: source.header.made_of[key], spoils, advice)
-    for name, spoils in (("schema", EVERYTHING), ("versions.lm_eval", GRADED)):
-        get: Callable[[Source], str] = (
-            (lambda source: str(source.header.schema)) if name == "schema" else lambda source: source.header.versions.get("lm_eval", "none")
-        )
-        yield from _differing(sources, name, get, spoils, "run both with the same version")
+    advice = "run both with the same version"
+    yield from _differing(sources, "versions.lm_eval", lambda source: source.header.versions.get("lm_eval", "none"), GRADED, advice)
     for rule in dict.fromkeys(_name(line) for source in sources for line in source.header.counting):
+        # A ledger from before a rule of `_LATER` holds nothing that it is about.
+        holders = [source for source in sources if rule not in _LATER or any(_name(line) == rule for line in source.header.counting)]
         yield from _differing(
-            sources,
+            holders,
             f"counting of {rule}",
             lambda source, rule=rule: next((f"{line!r}" for line in source.header.counting if _name(line) == rule), "(not counted)"),
             RULES.get(rule, frozenset()),  # a rule of no column here
@@ -204,16 +206,18 @@ def _prompt_lengths(rows: Sequence[Row]) -> tuple[dict[str, set[tuple[int, ...]]
 def remarks(sources: Sequence[Source], rows: Sequence[Row]) -> list[str]:
     """What a reader must know though it keeps nothing from being compared."""
     found = []
+
+    def say(words: str, field: str, value: Callable[[Source], object], holders: Sequence[Source] = sources) -> None:
+        found.extend(f"{words}: {one}" for one in _differing(holders, field, lambda source: str(value(source)), EVERYTHING, ""))
+
+    say("ledgers of different form", "schema", lambda source: source.header.schema)
     for name in ("dllm-toolkit", "torch", "transformers", "numpy"):
-        found += [
-            f"versions differ: {one}" for one in _differing(sources, name, lambda s, n=name: s.header.versions.get(n, "?"), TIMED, "")
-        ]
-    found += [f"made by different code: {one}" for one in _differing(sources, "commit", lambda s: s.header.commit or "?", TIMED, "")]
-    found += [f"seeds differ: {one}" for one in _differing(sources, "run.seed", lambda s: _text(conditions(s)["run.seed"]), TIMED, "")]
-    names = {key for source in sources for key in source.header.made_of if key.startswith("weights.")}
-    for name in sorted(names):
+        say("versions differ", name, lambda source, name=name: source.header.versions.get(name, "?"))
+    say("made by different code", "commit", lambda source: source.header.commit or "?")
+    say("seeds differ", "run.seed", lambda source: conditions(source)["run.seed"])
+    for name in sorted({key for source in sources for key in source.header.made_of if key.startswith("weights.")}):
         holders = [source for source in sources if name in source.header.made_of]
-        found += [f"not the same weights: {one}" for one in _differing(holders, name, lambda s, n=name: s.header.made_of[n], TIMED, "")]
+        say("not the same weights", name, lambda source, name=name: source.header.made_of[name], holders)
     unknown = [source.label for source in sources if "grader" not in source.header.made_of and source.command == "compare"]
     if unknown and len(sources) > 1:
         found.append(f"{', '.join(unknown)}: the ledger does not say which grader judged it; equal answers have equal verdicts")

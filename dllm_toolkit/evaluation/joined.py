@@ -189,10 +189,16 @@ def _decoded(record: Record) -> int:
     return record.tokens - record.given
 
 
+def _answered(records: Sequence[Record]) -> list[Record]:
+    """Without those that no forward answered, because memory ran out: they count as wrong, and in no count and no time."""
+    return [record for record in records if record.nfe > 0]
+
+
 def _batches(records: Sequence[Record]) -> list[list[Record]]:
-    found: dict[int, list[Record]] = {}
-    for record in records:
-        found.setdefault(record.batch, []).append(record)
+    found: dict[tuple[int, float], list[Record]] = {}
+    for record in _answered(records):
+        # A batch that was split when memory ran out keeps its number; its parts have clocks of their own.
+        found.setdefault((record.batch, record.batch_seconds), []).append(record)
     return list(found.values())
 
 
@@ -205,11 +211,17 @@ def _mean(name: str) -> Callable[[Sequence[Record]], Interval]:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    return statistics.ratio_interval(above, below) if max(below) > 0 else None
+    return statistics.ratio_interval(above, below) if max(below, default=0) > 0 else None
 
 
 def _parallelism(records: Sequence[Record]) -> Interval | None:
-    return _ratio([_decoded(record) for record in records], [record.nfe for record in records])
+    answered = _answered(records)
+    return _ratio([_decoded(record) for record in answered], [record.nfe for record in answered])
+
+
+def _forwards(records: Sequence[Record]) -> Interval | None:
+    answered = _answered(records)
+    return _ratio([record.nfe for record in answered], [1] * len(answered))
 
 
 def _rate(records: Sequence[Record]) -> Interval | None:
@@ -237,7 +249,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("steps_right", "steps right", lambda s: s.steps_right, _mean("steps_right"), percent, percent=True),
     Measure("exact", "exact", lambda s: s.exact, _share("exact"), percent, percent=True),
     Measure("tokens_per_forward", "tokens/forward", lambda s: s.tokens_per_forward, _parallelism, lambda v: f"{v:.2f}"),
-    Measure("nfe", "forwards", lambda s: s.nfe, _mean("nfe"), lambda v: f"{v:.1f}", more=False),
+    Measure("nfe", "forwards", lambda s: s.nfe, _forwards, lambda v: f"{v:.1f}", more=False),
     Measure("tokens_per_second", "tokens/s", lambda s: s.tokens_per_second, _rate, lambda v: f"{v:,.1f}"),
     Measure("latency", "latency (s)", lambda s: s.latency, _latency, lambda v: f"{v:.3f}", more=False),
     Measure("diversity", "diversity", lambda s: s.diversity, lambda records: None, lambda v: f"{v:.3f}"),
@@ -271,13 +283,14 @@ def _against(row: Row, base: Row) -> dict[str, Test]:
     for key, name in (("accuracy", "correct"), ("exact", "exact")):
         one, other = ([bool(getattr(pair[side], name)) for pair in pairs] for side in (0, 1))
         found[key] = Test(statistics.paired(one, other), statistics.mcnemar(one, other))
-    if all(record.nfe > 0 for pair in pairs for record in pair):
-        one, other = ([_decoded(pair[side]) / pair[side].nfe for pair in pairs] for side in (0, 1))
+    both = [pair for pair in pairs if pair[0].nfe > 0 and pair[1].nfe > 0]
+    if both:
+        one, other = ([_decoded(pair[side]) / pair[side].nfe for pair in both] for side in (0, 1))
         found["tokens_per_forward"] = _flipped(one, other)
     mine, others = _batches(row.records), _batches(base.records)
     by_problems = {frozenset(record.problem for record in batch): batch[0].batch_seconds for batch in others}
     keys = [frozenset(record.problem for record in batch) for batch in mine]
-    if set(keys) == set(by_problems):  # the same problems together: else their clocks cannot be told apart
+    if keys and set(keys) == set(by_problems):  # the same problems together: else their clocks cannot be told apart
         one, other = [batch[0].batch_seconds for batch in mine], [by_problems[key] for key in keys]
         found["latency"] = _flipped(one, other, [len(key) for key in keys])
     return found

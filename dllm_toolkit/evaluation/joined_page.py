@@ -15,7 +15,8 @@ from dllm_toolkit.evaluation.pictures import plural
 _MORE = """
 td.words,th.words{text-align:left;white-space:normal;overflow-wrap:anywhere}
 td small{display:block}td.best{font-weight:700}td.best small{font-weight:400}
-.name{display:flex;align-items:flex-start}.name .dot{flex:none}ul{color:var(--soft);max-width:100ch}
+th.words{white-space:nowrap}
+.name{display:flex;align-items:flex-start;min-width:11.5em}.name .dot{flex:none}ul{color:var(--soft);max-width:100ch}
 """
 
 
