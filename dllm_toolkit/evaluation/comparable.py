@@ -8,6 +8,7 @@ is compared: they may differ in anything.
 
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,9 +256,10 @@ def refuse(sources: Sequence[Source], found: Sequence[Disagreement], titles: Map
         settings = [
             f"{as_run.get(field, field)}={_text(theirs[field])}" for field in fields if field in as_run or not field.startswith("made_on.")
         ]
-        if settings:
-            folder = source.path.parent
-            again.append(f"  dllm-toolkit {source.command} {folder / 'recipe.yaml'} {' '.join(settings)} output={folder}-again")
+        recipe = source.path.with_name("recipe.yaml")
+        if settings and recipe.is_file():
+            words = [str(recipe), *settings, f"output={recipe.parent}-again"]
+            again.append(f"  dllm-toolkit {source.command} {shlex.join(words)}")
     if again:
         lines += [f"To make them as {first.label} was made:", *again]
     variable = [one.field for one in found if one.variable]

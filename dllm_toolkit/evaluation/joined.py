@@ -128,9 +128,19 @@ def join(
     intervals = {row.name: _intervals(row, kept) for row in rows}
     notes += comparable.remarks(sources, rows)
     tests = _tests(rows, base, {measure.key for measure in kept})
-    if any("latency" not in own for own in tests.values()) and "latency" not in dropped and len(rows) > 1:
-        notes.append("no test of latency where the problems were not decoded in the same batches")
+    notes += _clocks(rows, tests) if "latency" not in dropped else []
     return Joined(sources, rows, base, intervals, tests, areas, dropped, varied, notes)
+
+
+def _clocks(rows: Sequence[Row], tests: Mapping[str, Mapping[str, Test]]) -> list[str]:
+    """What to know about times."""
+    fewest = min(len(_batches(row.records)) for row in rows)
+    if fewest == 1:
+        return ["times of one batch: no interval and no test says how they would vary; a smaller batch or more problems give some"]
+    notes = [f"times of {fewest} batches: their intervals are rough"] if fewest < 8 else []
+    if any("latency" not in own for own in tests.values()):
+        notes.append("no test of latency where the problems were not decoded in the same batches")
+    return notes
 
 
 def _same_problems(rows: Sequence[Row], shared: bool) -> tuple[list[Row], list[Disagreement], list[str]]:
@@ -206,12 +216,9 @@ def _share(name: str) -> Callable[[Sequence[Record]], Interval]:
     return lambda records: Interval(*statistics.accuracy_interval([getattr(record, name) for record in records]))
 
 
-def _mean(name: str) -> Callable[[Sequence[Record]], Interval]:
-    return lambda records: statistics.ratio_interval([getattr(record, name) for record in records], [1] * len(records))
-
-
 def _ratio(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    return statistics.ratio_interval(above, below) if max(below, default=0) > 0 else None
+    """None for a single observation: nothing says how it would have varied."""
+    return statistics.ratio_interval(above, below) if len(below) > 1 and max(below) > 0 else None
 
 
 def _parallelism(records: Sequence[Record]) -> Interval | None:
@@ -246,7 +253,7 @@ def percent(value: float) -> str:
 
 MEASURES: tuple[Measure, ...] = (
     Measure("accuracy", "accuracy", lambda s: s.accuracy, _share("correct"), percent, percent=True),
-    Measure("steps_right", "steps right", lambda s: s.steps_right, _mean("steps_right"), percent, percent=True),
+    Measure("steps_right", "steps right", lambda s: s.steps_right, _share("steps_right"), percent, percent=True),
     Measure("exact", "exact", lambda s: s.exact, _share("exact"), percent, percent=True),
     Measure("tokens_per_forward", "tokens/forward", lambda s: s.tokens_per_forward, _parallelism, lambda v: f"{v:.2f}"),
     Measure("nfe", "forwards", lambda s: s.nfe, _forwards, lambda v: f"{v:.1f}", more=False),
@@ -290,7 +297,7 @@ def _against(row: Row, base: Row) -> dict[str, Test]:
     mine, others = _batches(row.records), _batches(base.records)
     by_problems = {frozenset(record.problem for record in batch): batch[0].batch_seconds for batch in others}
     keys = [frozenset(record.problem for record in batch) for batch in mine]
-    if keys and set(keys) == set(by_problems):  # the same problems together: else their clocks cannot be told apart
+    if len(keys) > 1 and set(keys) == set(by_problems):  # the same problems together: else their clocks cannot be told apart
         one, other = [batch[0].batch_seconds for batch in mine], [by_problems[key] for key in keys]
         found["latency"] = _flipped(one, other, [len(key) for key in keys])
     return found

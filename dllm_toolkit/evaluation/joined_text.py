@@ -7,6 +7,7 @@ the runs come from, the curves with their points, and what was left out.
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,33 +152,54 @@ def _runs(joined: Joined) -> Sheet:
     return Sheet("Runs", head, tuple(rows), left=len(head))
 
 
-def print_terminal(joined: Joined, stream: Any) -> None:
-    """Tables for a terminal; names are folded where there is no room."""
-    from rich import box
+def print_terminal(joined: Joined, stream: Any, width: int | None = None) -> None:
+    """Tables for a terminal; names are folded where there is no room, and columns that do not fit come in a table below.
+
+    width: in characters; None: the terminal's, and 140 where `stream` is none.
+    """
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=stream)
-    if not console.is_terminal:
+    console = Console(file=stream, width=width)
+    if not console.is_terminal and width is None:
         console = Console(file=stream, width=140)
+    boundless = console.options.update(max_width=100_000)  # a width that limits nothing, to ask how much a table needs
     for sheet in sheets(joined):
-        table = Table(box=box.SIMPLE_HEAD, title=escape(sheet.title), title_justify="left", title_style="bold", show_edge=False)
-        for index, title in enumerate(sheet.head):
-            words = index < sheet.left
-            broken = title if words else title.replace("/f", "/\nf").replace(" ", "\n", 1)
-            # A column of numbers that wrapped could not be read; names can be folded.
-            least = min(20, len(title)) if words else None
-            table.add_column(escape(broken), justify="left" if words else "right", overflow="fold", no_wrap=not words, min_width=least)
-        for row in sheet.rows:
-            table.add_row(*(Text(_stacked(cell), style="bold" if cell.strong else "") for cell in row))
-        console.print(table)
+        parts: list[list[int]] = [[]]
+        for index in range(sheet.left, len(sheet.head)):
+            if parts[-1] and console.measure(_table(sheet, [*parts[-1], index]), options=boundless).minimum > console.width:
+                parts.append([])
+            parts[-1].append(index)
+        for number, columns in enumerate(parts, 1):
+            console.print(_table(sheet, columns, "" if len(parts) == 1 else f" ({number} of {len(parts)})"))
         if sheet.below:
             console.print(Text(sheet.below, style="dim"))
         console.print()
     for remark in remarks(joined):
         console.print(Text(f"note: {remark}"))
+
+
+def _table(sheet: Sheet, columns: Sequence[int], note: str = "") -> Any:
+    """Its words and some of its columns of numbers, which are never cut or wrapped."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=escape(sheet.title + note), title_justify="left", title_style="bold", show_edge=False)
+    shown = [*range(sheet.left), *columns]
+    for index in shown:
+        title = sheet.head[index]
+        if index < sheet.left:
+            longest = max(len(title), *(len(row[index].text) for row in sheet.rows))
+            table.add_column(escape(title), overflow="fold", min_width=min(longest, 24 if index == 0 else len(title)))
+        else:
+            broken = title.replace("/f", "/\nf").replace(" ", "\n", 1)
+            lines = [line for row in sheet.rows for line in _stacked(row[index]).splitlines()]
+            table.add_column(escape(broken), justify="right", no_wrap=True, min_width=max(map(len, [*lines, *broken.splitlines()])))
+    for row in sheet.rows:
+        table.add_row(*(Text(_stacked(row[index]), style="bold" if row[index].strong else "") for index in shown))
+    return table
 
 
 def _stacked(cell: Cell) -> str:

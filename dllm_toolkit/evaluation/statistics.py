@@ -46,16 +46,16 @@ class Difference:
         return "raises" if self.low > 0 else "lowers" if self.high < 0 else "keeps"
 
 
-def accuracy_interval(correct: Sequence[bool], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile bootstrap of the share of right answers.
+def accuracy_interval(correct: Sequence[bool] | Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean of grades in 0..1, such as the share of right answers.
 
-    Where all answers agree the bootstrap has no width; the exact binomial bound (Clopper-Pearson) stands in for it there.
+    Where all are 0, or all 1, the bootstrap has no width; the exact binomial bound (Clopper-Pearson) stands in for it there.
     """
     count = len(correct)
     values = np.asarray(correct, dtype=np.float64)
     if count == 0:
         return 0.0, 1.0
-    if values.min() == values.max():
+    if values.min() == values.max() and values[0] in (0.0, 1.0):
         bound = 0.025 ** (1.0 / count)
         return (bound, 1.0) if values[0] else (0.0, 1.0 - bound)
     interval = ratio_interval(values, np.ones(count), resamples)

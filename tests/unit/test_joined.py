@@ -232,6 +232,7 @@ def test_what_was_counted_differently_is_refused(tmp_path: Path, change: dict[st
 def test_the_error_says_how_to_make_a_run_as_the_first_was_made(tmp_path: Path) -> None:
     changed = {"run": {**RUN, "max_new_tokens": 64, "batch_size": 8}}
     one, two = write(tmp_path / "one", ("vanilla",)), write(tmp_path / "two", ("d2f[threshold=0.9]",), recipe=changed)
+    (two / "recipe.yaml").touch()
     with pytest.raises(ReportError) as caught:
         join([one, two])
     again = f"dllm-toolkit compare {two}/recipe.yaml run.max_new_tokens=80 run.batch_size=2 output={two}-again"
@@ -314,6 +315,18 @@ def test_other_batches_have_no_test_of_latency(tmp_path: Path) -> None:
     assert "no test of latency where the problems were not decoded in the same batches" in found.notes
 
 
+def test_times_of_one_batch_have_no_interval(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", ("vanilla",)), tmp_path / "two"
+    header = ledger.read(one / "ledger.jsonl")[0]
+    together = {"batch": 0, "batch_rows": PROBLEMS, "batch_seconds": 3.0, "seconds": 3.0 / PROBLEMS}
+    for folder, name in ((one, "vanilla"), (two, "autoregressive")):
+        put(folder, header, [record(name, index, **together) for index in range(PROBLEMS)])
+    found = join([one, two])
+    assert "latency" not in found.tests["autoregressive"] and not {"latency", "tokens_per_second"} & set(found.intervals["vanilla"])
+    assert any(note.startswith("times of one batch") for note in found.notes)
+    assert "| 3.000 |" in joined_text.markdown(found)
+
+
 def test_a_problem_without_an_answer_is_wrong_and_in_no_other_number(tmp_path: Path) -> None:
     """As the ledger records a problem that does not fit into memory."""
     records = [record("d2f[threshold=0.9]", index, batch=index, batch_rows=1) for index in range(PROBLEMS)]
@@ -389,6 +402,20 @@ def test_markdown_terminal_and_page(joined: Joined) -> None:
     assert "**Against vanilla**" in text and "alpha 3, points more than 5 below" in text
     assert "Holm's correction over the table, 12 tests" in stream.getvalue() and "83.3 %" in stream.getvalue()
     assert "<script" not in page and "src=" not in page and "@import" not in page and page.count("<svg") == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_number_is_cut_in_a_narrow_terminal(joined: Joined, width: int) -> None:
+    stream = io.StringIO()
+    joined_text.print_terminal(joined, stream, width)
+    assert max(map(len, stream.getvalue().splitlines())) <= width
+    words = set(stream.getvalue().split())
+    for row in joined.rows:
+        for measure in joined.measures:
+            value = measure.value(row.summary)
+            assert value is not None and (measure.text(value).split()[0] in words or f"{measure.text(value)}*" in words)
+        assert f"{joined.speed_up(row):.2f}" in words
+    assert ("(2 of" in stream.getvalue()) == (width < 200)
 
 
 def test_what_a_ledger_says_is_escaped(tmp_path: Path) -> None:
