@@ -7,11 +7,11 @@ picture depends on colour alone. Figures are built without pyplot: no global sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.curves import Curve, pareto_front
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 
 if TYPE_CHECKING:
@@ -25,15 +25,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DECIDED, NOW, FINISHED, INK, FAINT = "#b9d6ea", "#0b4f7d", "#eef3f7", "#1b1f24", "#6d7680"
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A sweep: one decoder argument at several values. settings: the values, as text."""
-
-    name: str
-    settings: tuple[str, ...]
-    summaries: tuple[Summary, ...]
-
-
 def plural(count: int, word: str) -> str:
     """`1 thread`, `2 threads`."""
     return f"{count} {word}{'' if count == 1 else 's'}"
@@ -45,16 +36,6 @@ def machine(header: Header) -> str:
     threads = made_on.get("threads")
     parts = [made_on.get("device"), plural(threads, "thread") if isinstance(threads, int) else None, made_on.get("dtype")]
     return ", ".join(str(part) for part in parts if part is not None)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats in both coordinates, from left to right."""
-    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1]))
-    front: list[int] = []
-    for index in order:
-        if not front or points[index][1] > points[front[-1]][1]:
-            front.append(index)
-    return front[::-1]
 
 
 def pareto_figure(summaries: Sequence[Summary], *, legend: bool = True) -> Figure:
