@@ -31,6 +31,7 @@ from dllm_toolkit.engine import Asked
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.state import State
+from dllm_toolkit.types import Result
 
 VERSION = 1
 """Of the file format. A file of another version is refused, not guessed at."""
@@ -67,7 +68,7 @@ class Frame:
     """One step. forwards, lanes, forced, edits: totals up to this step, as `decode.Stats` counts them; lanes are query tokens.
 
     blocks: first position of each block of the answer. open, closed: the open span and the closed positions of the step's last forward.
-    end: length of the answer that counts, which stop rules may lower.
+    end: length of the answer that counts, which stop rules may lower. ended: why the row finished in this step, "" while it goes on.
     """
 
     forwards: int
@@ -79,6 +80,7 @@ class Frame:
     open: Runs
     closed: Runs
     end: int
+    ended: str = ""
 
     def count(self, kind: Kind) -> int:
         return sum(change.kind == kind for change in self.changes)
@@ -102,8 +104,8 @@ class Cell:
 class DecodeTrace:
     """A whole decode of one row. name: the configuration; about: decoder and cache in words; prompt, reference: text.
 
-    length: answer positions. pinned: tokens that stood there from the start. pieces: the text that each token id adds. result: how the
-    row ended, in words. text: the answer. correct: the task's verdict, None if nobody judged.
+    length: answer positions. pinned: tokens that stood there from the start. pieces: the text that each token id adds. text: the answer.
+    correct: the task's verdict, None if nobody judged.
     """
 
     name: str
@@ -118,8 +120,12 @@ class DecodeTrace:
     prompt: str = ""
     reference: str = ""
     text: str = ""
-    result: str = ""
     correct: bool | None = None
+
+    @property
+    def result(self) -> str:
+        """How the row ended, in words."""
+        return (self.frames[-1].ended if self.frames else "") or Result.MAX_STEPS.text
 
     def canvases(self) -> Iterator[tuple[Cell, ...]]:
         """The canvas before the first step, and after each."""
@@ -214,6 +220,7 @@ def record(
             open=_runs(region.span[0, here].tolist()),
             closed=_runs(region.closed[0, here].tolist()),
             end=int(step.after.end) - begin,
+            ended=Result(int(step.after.result)).text if bool(step.after.done) else "",
         )
         asked.clear()
 
@@ -285,7 +292,7 @@ def from_plain(plain: Mapping[str, Any]) -> DecodeTrace:
     content["eos_ids"] = tuple(int(token) for token in plain["eos_ids"])
     content["pieces"] = {int(token): str(piece) for token, piece in plain["pieces"].items()}
     content["pinned"] = {_position(int(place), length): int(token) for place, token in plain["pinned"].items()}
-    for name in ("name", "about", "model", "problem", "prompt", "reference", "text", "result"):
+    for name in ("name", "about", "model", "problem", "prompt", "reference", "text"):
         if not isinstance(content[name], str):
             raise TypeError(f"{name} is no text")
     return DecodeTrace(**content)
@@ -304,6 +311,7 @@ def _frame(plain: Mapping[str, Any], length: int) -> Frame:
         blocks=tuple(int(first) for first in plain["blocks"]),
         open=_read_runs(plain["open"]),
         closed=_read_runs(plain["closed"]),
+        ended=str(plain["ended"]),
     )
 
 
