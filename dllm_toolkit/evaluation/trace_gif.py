@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm_toolkit.evaluation.pictures import FAINT, INK, NOW
+from dllm_toolkit.evaluation.pictures import FAINT, INK, NOW, plural
 from dllm_toolkit.evaluation.trace import Cell, DecodeTrace
 from dllm_toolkit.evaluation.trace_look import EDIT, LEVEL_NAMES, REMASK, blocks, level, numbers, printable
 
@@ -25,12 +25,12 @@ MOST_FRAMES = 200
 _SIZE, _LINE, _MARGIN = 15, 25, 16  # pixels
 _COLUMNS = 62  # characters in a line of a panel
 _PALE = ("#f8c3a3", "#f6dda6", "#e2e6ea", "#c4dff0", "#a5c9f3")
-_MASK, _OPEN, _RULE = "#e4e8ec", "#bac3cc", "#d8dde3"
+_OPEN, _WAITING, _RULE, _TAKEN = "#8b96a2", "#d8dde3", "#d8dde3", "#f3c1a8"
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a token stands in its panel: column and line of each part, counted in characters; `border`: a block begins here."""
+    """Where a token stands in its panel: column, line and text of each of its parts, counted in characters."""
 
     parts: tuple[tuple[int, int, str], ...]
 
@@ -51,15 +51,23 @@ def write_gif(path: Path, traces: Sequence[DecodeTrace], *, per_second: float = 
     stride = -(-(longest + 1) // MOST_FRAMES)
     clock = [*range(0, longest, stride), longest]
     pictures = [_picture(panels, forwards) for forwards in clock]
-    # One palette for all, made from pictures that hold every colour, so that nothing flickers.
-    few = [pictures[len(pictures) // 3], pictures[2 * len(pictures) // 3], pictures[-1]]
-    sheet = Image.new("RGB", (few[0].width, sum(one.height for one in few)))
-    for number, one in enumerate(few):
-        sheet.paste(one, (0, number * one.height))
-    palette = sheet.quantize(colors=64, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(_palette())
     frames = [one.quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]
     durations = [max(20, round(1000 * stride / per_second))] * (len(frames) - 1) + [4000]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+
+
+def _palette() -> list[int]:
+    """One palette for all pictures, so that nothing flickers: every colour in use, and letters as they fade into what is behind them."""
+    from PIL.ImageColor import getrgb
+
+    white = (255, 255, 255)
+    colours = [white, *(getrgb(one) for one in (*_PALE, NOW, EDIT, REMASK, INK, FAINT, _OPEN, _WAITING, _RULE, _TAKEN))]
+    for behind in (white, *(getrgb(one) for one in _PALE)):
+        for letters in (getrgb(INK), getrgb(FAINT)):
+            colours += [tuple(round(a + part * (b - a)) for a, b in zip(behind, letters, strict=True)) for part in (0.2, 0.4, 0.6, 0.8)]
+    return [channel for colour in colours for channel in colour[:3]]
 
 
 def _laid_out(one: DecodeTrace) -> _Panel:
@@ -132,7 +140,7 @@ def _draw_panel(
         told = numbers(cells, frame, step, one.eos_ids)
         spent = frame.forwards if step else 0
         rate = f"  {told.rate:.1f} tokens/forward" if step else ""
-        draw.text((left, top + 30), f"{spent:3d} forwards  {told.decided:3d} decided{rate}", font=plain, fill=FAINT)
+        draw.text((left, top + 30), f"{plural(spent, 'forward'):<13}{told.decided} decided{rate}", font=plain, fill=FAINT)
         _draw_strip(draw, cells, frame, left, top + 54, _COLUMNS * letter)
     for position, (cell, place) in enumerate(zip(cells, panel.places, strict=True)):
         opened = frame is not None and any(first <= position < stop for first, stop in frame.open)
@@ -166,9 +174,8 @@ def _draw_token(
     box = (x + 1, y, x + len(text) * letter - 1, y + _SIZE + 5)
     now = cell.step == step and step > 0
     if cell.token is None:
-        draw.rectangle(box, fill="#f3c1a8" if now and cell.kind == "remask" else _OPEN if opened else _MASK)
-        if now and cell.kind == "remask":
-            draw.rectangle(box, outline=REMASK)
+        taken = now and cell.kind == "remask"
+        draw.rectangle(box, fill=_TAKEN if taken else None, outline=REMASK if taken else _OPEN if opened else _WAITING)
         return
     if cell.confidence is not None and not cell.filled:
         draw.rectangle(box, fill=_PALE[level(cell.confidence)])

@@ -2,10 +2,10 @@
 
     d2f  step 3  3 forwards  48 of 80 decided  16.00 tokens/forward
     blocks ##7..  open 3 of 5
-     Nora has 3 times as many,[ which][ is][ 32][ x] _ _ _ | _ _ _ _
+     Nora has 3 times as many,[ which is 32 x] _ _ _ | _ _ _ _
 
 In colour: a token's colour is the model's confidence; what was decided in this step stands on that colour; masks are dim; edits and
-tokens that were taken back are marked. In plain text [brackets] are this step's tokens, {braces} edits, <?> what was masked again.
+tokens that were taken back are marked. In plain text [brackets] hold this step's tokens, {braces} edits, <?> is what was masked again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PLAIN_WIDTH = 100
+_BLACK = "#000000"  # the terminal's own black may be grey, and is where it is bold
 
 
 class Pieces(Protocol):
@@ -179,7 +180,9 @@ def laid_out(scene: Scene, width: int, glyphs: Glyphs, *, marks: bool) -> list[l
         if position in borders:
             page.add(f" {glyphs.border}", "dim")
         opened = any(first <= position < stop for first, stop in scene.frame.open)
-        for text, style, breaks in _drawn(scene, cell, glyphs, marks, opened):
+        around = _marks(scene, position) if marks else ("", "")
+        again = cell.token in scene.eos_ids and position > 0 and scene.cells[position - 1].token == cell.token
+        for text, style, breaks in _drawn(scene, cell, glyphs, around, opened, again):
             page.add(text, style)
             if breaks:
                 page.end_line()
@@ -212,15 +215,32 @@ class _Page:
         self.used = 0
 
 
-def _drawn(scene: Scene, cell: Cell, glyphs: Glyphs, marks: bool, opened: bool) -> Iterator[tuple[str, str, bool]]:
-    """(text, style, ends the line) of what one position shows."""
-    now = cell.step == scene.step
+def _marks(scene: Scene, position: int) -> tuple[str, str]:
+    """The signs before and behind a token of this step in plain text; neighbours share theirs."""
+
+    def kind(place: int) -> str:
+        if not 0 <= place < len(scene.cells):
+            return ""
+        cell = scene.cells[place]
+        if cell.step != scene.step or cell.kind not in ("commit", "confirm", "edit", "remask"):
+            return ""
+        return "{}" if cell.kind == "edit" else "<>" if cell.kind == "remask" else "[]"
+
+    own = kind(position)
+    if not own:
+        return "", ""
+    return own[0] if kind(position - 1) != own else "", own[1] if kind(position + 1) != own else ""
+
+
+def _drawn(scene: Scene, cell: Cell, glyphs: Glyphs, marks: tuple[str, str], opened: bool, again: bool) -> Iterator[tuple[str, str, bool]]:
+    """(text, style, ends the line) of what one position shows. again: it is an end-of-text behind another one."""
+    now, (left, right) = cell.step == scene.step, marks
     if cell.token is None:
         taken = now and cell.kind == "remask"
-        yield (" <?>" if marks else " ?") if taken else glyphs.mask, f"bold {REMASK}" if taken else "" if opened else "dim", False
+        text = f"{left}?{right}" if taken and any(marks) else " ?" if taken else glyphs.mask
+        yield text, f"bold {REMASK}" if taken else "" if opened else "dim", False
         return
-    left, right = ("", "") if not marks or not now else ("{", "}") if cell.kind == "edit" else ("[", "]")
-    parts = scene.piece(cell.token).split("\n")
+    parts = [glyphs.waiting] if again else scene.piece(cell.token).split("\n")
     for number, part in enumerate(parts):
         last = number + 1 == len(parts)
         text = (left if number == 0 else "") + printable(part) + (right if last else glyphs.newline)
@@ -233,7 +253,7 @@ def _style(cell: Cell, now: bool) -> str:
     if now and cell.kind == "edit":
         return f"bold underline white on {EDIT}"
     if now and cell.kind == "commit":
-        return f"bold black on {shade}" if shade else "bold reverse"
+        return f"bold {_BLACK} on {shade}" if shade else "bold reverse"
     mark = "underline" if cell.kind in ("edit", "confirm") else ""
     return f"{mark} {shade}".strip() if cell.step else "italic"
 
@@ -246,11 +266,10 @@ def _window(lines: list[list[tuple[str, str]]], room: int, glyphs: Glyphs) -> li
     room = max(1, room - 2)
     first = min(max(0, new - room // 2), len(lines) - room)
     above, below = first, len(lines) - first - room
-    return [
-        [(f"{glyphs.more} {above} lines above", "dim")],
-        *lines[first : first + room],
-        [(f"{glyphs.more} {below} lines below", "dim")],
-    ]
+    shown = lines[first : first + room]
+    if above:
+        shown = [[(f"{glyphs.more} {above} more above", "dim")], *shown]
+    return [*shown, [(f"{glyphs.more} {below} more below", "dim")]] if below else shown
 
 
 def _strip(strip: Sequence[Block], glyphs: Glyphs) -> str:
@@ -273,7 +292,7 @@ def _legend(width: int) -> Text:
     from rich.text import Text
 
     words = [("confidence", "dim"), *((name, shade) for name, shade in zip(LEVEL_NAMES, SHADES, strict=True))]
-    words += [("decided now", f"black on {SHADES[3]}"), ("edited", f"underline white on {EDIT}"), ("? masked again", REMASK)]
+    words += [("decided now", f"{_BLACK} on {SHADES[3]}"), ("edited", f"underline white on {EDIT}"), ("? masked again", REMASK)]
     return Text("\n").join(_folded(words, width))
 
 
