@@ -7,6 +7,7 @@ that `--json` wrote is shown again without a model. What is decoded is what thos
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,9 +55,10 @@ class WatchOptions:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.speed) and self.speed >= 0):
             raise TraceError(f"speed must be 0 or more, got {self.speed}. It counts steps a second. Write --speed 5, or 0 for no pauses.")
-        for path in (self.html, self.gif, self.json):
+        for kind in ("html", "gif", "json"):
+            path = getattr(self, kind)
             if path is not None and path.is_dir():
-                raise TraceError(f"{path} is a directory. The export is one file. Write --html {path / 'trace.html'}, for instance.")
+                raise TraceError(f"{path} is a directory. The export is one file. Write --{kind} {path / f'trace.{kind}'}, for instance.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Shot:
 
 
 def run_watch(recipe: Recipe, built: Any, options: WatchOptions) -> list[DecodeTrace]:
-    """Decode, show and write. Raises ToolkitError before the first forward for what cannot work."""
+    """Decode, show and write. Raises ToolkitError or OSError before the first forward for what cannot work."""
+    _make_room(options)
     if isinstance(built, compare.CompareRecipe):
         with _threads(built.run.threads):
             return _finish(_decoded(_comparison(recipe, built, options), options), options)
@@ -93,6 +96,7 @@ def run_watch(recipe: Recipe, built: Any, options: WatchOptions) -> list[DecodeT
 def replay(path: Path, options: WatchOptions) -> list[DecodeTrace]:
     """Show what `--json` wrote, and write it in other forms."""
     traces = trace.load(path)
+    _make_room(options)
     names = [one.name for one in traces]
     traces = [one for one in traces if one.name in _chosen(names, options.decoders, str(path))]
     with screen(sys.stdout, options.speed) as stage:
@@ -103,15 +107,22 @@ def replay(path: Path, options: WatchOptions) -> list[DecodeTrace]:
     return _finish(traces, options)
 
 
+def _make_room(options: WatchOptions) -> None:
+    """Make the folders of the exports. What cannot be written is said before anything is decoded."""
+    for path in (options.html, options.gif, options.json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise TraceError(f"cannot write {path}. Its folder, or the file that is there, may not be changed. Write another path.")
+
+
 def _finish(traces: list[DecodeTrace], options: WatchOptions) -> list[DecodeTrace]:
     """Write the exports: first the one from which the others can be made again."""
     if options.json is not None:
         trace.save(options.json, traces)
     if options.html is not None:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
         options.html.write_text(trace_html.trace_page(traces), encoding="utf-8")
     if options.gif is not None:
-        options.gif.parent.mkdir(parents=True, exist_ok=True)
         trace_gif.write_gif(options.gif, traces)
     for path in (options.json, options.html, options.gif):
         if path is not None:
