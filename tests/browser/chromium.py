@@ -113,7 +113,9 @@ class Browser:
             self.problems.append(f"console: {[one.get('value') for one in content['args']]}")
         elif method == "Log.entryAdded" and content["entry"]["level"] in ("error", "warning"):
             self.problems.append(content["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not content["request"]["url"].startswith(("file:", "about:", "data:", "http://127.0.0.1")):
+        elif method == "Network.requestWillBeSent" and not content["request"]["url"].startswith(
+            ("file:", "about:", "data:", "http://127.0.0.1")
+        ):
             self.problems.append(f"a request to {content['request']['url']}")
 
 
@@ -123,6 +125,7 @@ def browser(profile: Path) -> Iterator[Browser]:
     program = executable()
     assert program is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run"]
+    options += ["--disable-component-update", "--disable-background-networking", "--disable-sync"]  # it has no business with the network
     options += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
     ends = [high for pair in (os.pipe(), os.pipe()) for high in map(_high, pair)]
     read_commands, write_commands, read_answers, write_answers = ends

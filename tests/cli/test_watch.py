@@ -127,5 +127,5 @@ def test_interrupt_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert watch(folder / "compare.yaml", "--decoder", "vanilla", "--speed", "4") == 130
     shown = terminal.getvalue()
     assert capsys.readouterr().err.strip().endswith("Interrupted.")
-    assert "step 3" in shown and "step 4" not in shown and all(0 < seconds <= 0.25 for seconds in pauses)
+    assert "step 3" in shown and "step 4" not in shown and min(pauses) > 0
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")

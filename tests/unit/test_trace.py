@@ -77,7 +77,8 @@ def test_infilling_keeps_what_was_given() -> None:
 
 def example() -> DecodeTrace:
     frames = tuple(record(tiny_transformer(), first_case("remdm_loop").build(), PROMPT, max_new_tokens=8))
-    return DecodeTrace("loop", frames, 8, {token: f" {token}" for token in range(29)}, eos_ids=(27, 25), prompt="a </script> b", correct=False)
+    pieces = {token: f" {token}" for token in range(29)}
+    return DecodeTrace("loop", frames, 8, pieces, eos_ids=(27, 25), prompt="a </script> b", correct=False)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
