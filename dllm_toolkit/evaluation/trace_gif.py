@@ -51,11 +51,23 @@ def write_gif(path: Path, traces: Sequence[DecodeTrace], *, per_second: float = 
     stride = -(-(longest + 1) // MOST_FRAMES)
     clock = [*range(0, longest, stride), longest]
     pictures = [_picture(panels, forwards) for forwards in clock]
+    colours = _palette()
     palette = Image.new("P", (1, 1))
-    palette.putpalette(_palette())
+    palette.putpalette(colours)
     frames = [one.quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]
     durations = [max(20, round(1000 * stride / per_second))] * (len(frames) - 1) + [4000]
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+    # One palette for the file, and one index more that no picture uses: what has not changed is written as that, which packs well.
+    frames[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
+        palette=bytes([*colours, 255, 0, 255]),
+        transparency=len(colours) // 3,
+    )
 
 
 def _palette() -> list[int]:

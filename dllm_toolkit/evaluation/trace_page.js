@@ -72,8 +72,9 @@
       else if (cell.step === 0) names.push("pinned");
       else if (colour.value === "step") names.push(`s${Math.floor((cell.step - 1) * STEPS / trace.frames.length)}`);
       else if (cell.sure !== null) names.push(`k${level(cell.sure)}`);
-      span.className = names.join(" ");
       span.textContent = filled ? "\u00b7" : text === null ? "   " : visible(piece(trace, text));
+      if (span.textContent.includes("\n")) names.push("line");
+      span.className = names.join(" ");
       span.ariaHidden = cell.token === null ? "true" : null;
     });
     panel.cells = cells;
