@@ -60,9 +60,8 @@ class DiffusionModule(pl.LightningModule):
         self.gradient_norm: Tensor | None = None
         self._started: float | None = None
         self._validation_losses: list[Tensor] = []
-        # One static graph each for student and teacher; eager for validation, whose no_grad and eval would be two more graphs.
-        self._loss = torch.compile(objective.loss, dynamic=False) if compile else objective.loss
-        self._teach = torch.compile(objective.teach, dynamic=False) if compile else objective.teach
+        # Eager for validation, whose no_grad and eval would be more graphs.
+        self._train_objective = objective.compiled() if compile else objective
 
     # ---- time
 
@@ -104,7 +103,7 @@ class DiffusionModule(pl.LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.objective(self.model, batch, self.noise(_NOISE, self.batches), loss=self._loss, teach=self._teach)
+        loss = self._train_objective(self.model, batch, self.noise(_NOISE, self.batches))
         self.batches += 1
         self.last_loss, self.last_metrics = loss.value.detach(), loss.metrics
         return loss.value

@@ -100,6 +100,16 @@ class TrainRecipe:
                 "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
                 "Write lora: {rank: 32, alpha: 32}."
             )
+        if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
+            raise TrainError(
+                f"the LM head must be the same for teacher and student, got lora.targets {list(self.lora.targets)}. The loss compares "
+                "hidden states under one head. Write lora.targets without lm_head."
+            )
+        if self.lora is not None and self.lora.frozen != "float32" and self.trainer.precision == "64-true":
+            raise TrainError(
+                f"precision 64-true widens all weights, got lora.frozen {self.lora.frozen!r}. They would not stay so. "
+                "Write precision: bf16-mixed, or frozen: float32."
+            )
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
         if not 0 <= self.seed < 1 << 32:
@@ -226,7 +236,8 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             f"the data has {len(built.data.tokenizer())} token ids, got a model with {model.spec.vocab_size}. "
             "Every id needs a row of the embedding. Use a model made for this tokenizer."
         )
-    model.float().train().requires_grad_(True)  # loaded models come frozen, for decoding
+    frozen = torch.float32 if built.lora is None else getattr(torch, built.lora.frozen)
+    model.to(frozen).train().requires_grad_(True)  # loaded models come frozen, for decoding
     if isinstance(built.objective, D2FDistillation):
         # Matters for decoding only: both passes of the loss are given their masks.
         model.with_attention("block_causal", built.objective.block_length)
