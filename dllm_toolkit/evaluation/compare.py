@@ -119,7 +119,7 @@ def run_comparison(recipe: Recipe, built: CompareRecipe, *, dry_run: bool = Fals
         with _placed(recipe, "task"):
             built.task.ready()
             problems = _problems(built.task)
-        rows = rows_of(recipe, built, problems)
+        rows = _rows(recipe, built, problems)
         header = _header(recipe, built, rows, problems, device)
         path = built.output / "ledger.jsonl"
         plan = (rows, recipe.tree["configurations"])
@@ -194,7 +194,7 @@ def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
         raise CompareError(recipe.at(keys, error)) from error
 
 
-def rows_of(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
+def _rows(recipe: Recipe, built: CompareRecipe, problems: Sequence[Problem]) -> list[Row]:
     """Load every model that a row uses, once, on the CPU, and check every row before any forward."""
     models: dict[object, Any] = {}
 

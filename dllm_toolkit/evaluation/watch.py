@@ -224,7 +224,7 @@ def _comparison(recipe: Recipe, built: compare.CompareRecipe, options: WatchOpti
     judge = _judge(built.task, problem)
     one = replace(built, configurations=kept, baselines=compare.Baselines())
     shots = []
-    for row in compare.rows_of(recipe, one, [problem]):
+    for row in compare._rows(recipe, one, [problem]):
         model = row.model.to(device=device, dtype=getattr(torch, built.run.dtype))
         tree = recipe.tree["configurations"][row.name]
         shots.append(

@@ -186,7 +186,7 @@ def test_equal_recipes_are_one_model(path: Path) -> None:
 
     loaded = recipe.load(path).checked(compare.CompareRecipe)
     built = loaded.build(compare.CompareRecipe)
-    rows = {row.name: row for row in compare.rows_of(loaded, built, built.task.problems())}
+    rows = {row.name: row for row in compare._rows(loaded, built, built.task.problems())}
     named, inline = rows["named"].driver.other("drafter"), rows["inline"].driver.other("drafter")
     assert named is inline is rows["staged"].model and rows["named"].models == [rows["autoregressive"].model, named]
     assert isinstance(rows["autoregressive"].driver, Denoise)
