@@ -1,4 +1,4 @@
-"""The `dllm-toolkit` command: compare, harness, report, generate, train, list, show, check, golden, doctor.
+"""The `dllm-toolkit` command: compare, harness, report, generate, watch, train, list, show, check, golden, doctor.
 
 Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
 is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so
@@ -165,6 +165,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     takes_recipe(generate)
     generate.add_argument("--trace", action="store_true", help="show the text after every step, on stderr")
+    watch = add(
+        "watch",
+        _watch,
+        "watch an answer being decoded, step by step",
+        "Shows every step in the terminal: blocks, what was committed, how sure the model was, what was\n"
+        "changed or taken back. RECIPE is one of compare (its configurations on one problem of its task)\n"
+        "or of generate (its prompt), or a file that --json wrote. --html writes one page that needs no\n"
+        "network, with a slider and the decoders side by side.",
+        "watch recipes/quickstart.yaml --decoder d2f --decoder fast_dllm",
+        "watch recipes/quickstart.yaml --problem 3 --speed 0 --html trace.html --gif trace.gif",
+        "watch recipes/decode/d2f_llada.yaml prompt='Hello' --json trace.json",
+        "watch trace.json --html trace.html",
+    )
+    takes_recipe(watch)
+    watch.add_argument("--problem", metavar="N", help="number of the problem or prompt, from 0, or a problem's id; default: 0")
+    watch.add_argument("--decoder", metavar="NAME", action="append", default=[], help="only this configuration; may be given again")
+    watch.add_argument("--speed", metavar="X", type=float, default=5.0, help="steps a second on a terminal; 0: no pauses; default: 5")
+    for kind, what in (("html", "a page"), ("gif", "an animation"), ("json", "the trace as data")):
+        watch.add_argument(f"--{kind}", metavar="FILE", type=Path, help=f"write {what}")
     takes_recipe(
         add(
             "train",
@@ -299,6 +318,33 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments, GenerateRecipe)
     run_generation(recipe, recipe.build(GenerateRecipe), trace=arguments.trace)
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import recipe
+    from dllm_toolkit.evaluation.watch import WatchOptions, replay, run_watch
+
+    options = WatchOptions(
+        problem=arguments.problem or "0",
+        decoders=tuple(arguments.decoder),
+        speed=arguments.speed,
+        html=arguments.html,
+        gif=arguments.gif,
+        json=arguments.json,
+    )
+    if arguments.recipe.endswith(".json"):
+        if arguments.overrides or arguments.problem is not None:
+            raise ToolkitError(
+                f"{arguments.recipe} is a trace of what was decoded, got {' '.join(arguments.overrides) or '--problem'} to change it. "
+                "Write the recipe instead to decode anew."
+            )
+        replay(Path(arguments.recipe), options)
+        return 0
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    root = _root_of(loaded.tree)
+    loaded = loaded.checked(root)
+    run_watch(loaded, loaded.build(root), options)
     return 0
 
 

@@ -30,7 +30,7 @@ p,.meta{color:var(--soft);margin:4px 0 10px;max-width:80ch}.wide{overflow-x:auto
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th{font-weight:600;color:var(--soft)}
 th:first-child,td:first-child{text-align:left}td.best{font-weight:700}small{color:var(--soft)}
 .dot{display:inline-block;width:20px;height:20px;border-radius:50%;margin-right:8px;color:var(--n);text-align:center;font:700 11px/20px system-ui,sans-serif}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 .card h3{font-size:.92rem;margin:0 0 8px}.card h3 small{display:block;font-weight:400;margin:3px 0 0 28px}.ok{color:var(--ok)}.bad{color:var(--bad)}.answer,pre{white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0}.answer span{border-radius:3px;padding:1px 0}
 svg{width:100%;height:auto;display:block}svg path{shape-rendering:crispEdges}svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg .n{fill:var(--n);font-weight:700;font-size:11px}
@@ -82,7 +82,7 @@ Recipe {escape(header.recipe_hash)}, {escape(header.date)}{escape(f", commit {he
 <div class="wide">{_table(summaries)}</div>
 <h2>Accuracy against speed</h2><p>Up and to the right is better. Bars are 95 % intervals; the dashed line joins the configurations that no other beats in both.
 The small dots are the exact places; a number that would cover another is moved up or down.</p>
-<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(420px,1fr))">
+<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))">
 <div class="card">{pareto_picture(summaries, [s.tokens_per_second for s in summaries], "tokens per second (log scale)", logarithmic=True)}</div>
 <div class="card">{pareto_picture(summaries, [s.tokens_per_forward for s in summaries], "tokens per forward", logarithmic=False)}</div></div>
 <h2>In which order were the tokens decided?</h2>

@@ -1,7 +1,10 @@
 """A ledger as TensorBoard event files: a run a configuration (scalars, hparams, curves) and one run for the comparison (pictures, text).
 
-`decided` is a curve over forwards, so that the shape of a decode, not only its total, can be compared. A sweep is one view of hparams, with
+`decided` is a curve over steps, so that the shape of a decode, not only its total, can be compared. A sweep is one view of hparams, with
 parallel coordinates: every run declares the settings and the numbers of all of them. A report of several runs is written the same way.
+
+`order` says how far from left to right tokens were decided: AR-ness as curves over k (DiffuCoder, arXiv 2506.20639), and a picture of every
+token of every problem.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
-from dllm_toolkit.evaluation.order import commits_per_step
-from dllm_toolkit.evaluation.pictures import order_figure, pareto_figure
+from dllm_toolkit.evaluation.order import commits_per_step, order_curves
+from dllm_toolkit.evaluation.pictures import order_figure, order_map_figure, pareto_figure
 
 if TYPE_CHECKING:
     from dllm_toolkit.evaluation.joined import Joined
@@ -55,6 +58,12 @@ def write_tensorboard(directory: Path, header: Header, records: Sequence[Record]
             rows = [record for record in records if record.configuration == summary.name]
             for step, decided in enumerate(decided_curve(rows)):
                 writer.add_scalar("decided/share of the answer after this many steps", decided, step)
+            local, whole = order_curves([record.born[: record.tokens] for record in rows])
+            for k, (near, far) in enumerate(zip(local, whole, strict=True), start=1):
+                writer.add_scalar("order/local AR-ness at k", near, k)
+                writer.add_scalar("order/global AR-ness at k", far, k)
+            if rows:
+                writer.add_figure("order/step of each token, by problem", order_map_figure(rows))
     with SummaryWriter(str(directory / "comparison")) as writer:
         writer.add_figure("pareto", pareto_figure(summaries))
         for record_group in by_problem(records)[:3]:
