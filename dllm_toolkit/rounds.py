@@ -21,7 +21,7 @@ from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.ops import lanes, masks
 from dllm_toolkit.state import Region, State
-from dllm_toolkit.types import Canvas, PyTree, Tokens
+from dllm_toolkit.types import Canvas, PyTree
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Memory:
     """
 
     own: PyTree
-    written: Tokens
+    written: Int[Tensor, "N L"]  # a row for every branch of a row
     nfe: Int[Tensor, "B"]
     lanes: Int[Tensor, "B"]
 
