@@ -60,6 +60,7 @@ contract: $(DEVELOP)
 
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures.py
+	test ! -d benchmarks/results || $(BIN)/python docs/speed.py
 
 $(CREATED):
 	@command -v "$(PYTHON)" >/dev/null || { \

@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -92,7 +92,7 @@ def forwards(axes: Axes, found: list[Result]) -> None:
         axes.axhline(result["floor_ms"], color=COLOURS[number], lw=0.8, ls=(0, (6, 4)))
     powers(axes, sorted(seen))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("lanes (tokens that go through the model); dashed: the weights, read once", fontsize=9, color=INK)
+    axes.set_xlabel("lanes; dashed: the weights, read once", fontsize=9, color=INK)
     axes.set_ylabel("ms", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8)
     tidy(axes, "One forward")
@@ -110,6 +110,7 @@ def batches(axes: Axes, found: list[Result]) -> None:
     powers(axes, sorted(seen))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("rows, with requests of unequal length", fontsize=9, color=INK)
     axes.set_ylabel("tokens a second", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8)

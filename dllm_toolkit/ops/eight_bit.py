@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 DTYPES: dict[Format, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST: dict[Format, float] = {"fp8": 448.0, "int8": 127.0}
 _SMALLEST = 2.0**-100  # of a row's magnitude: a row of zeros has a scale too, whose inverse is finite
-Function = TypeVar("Function", bound=Callable[..., object])
 
 
 class EightBitError(ToolkitError):
@@ -118,33 +117,22 @@ BEST: dict[Format, str] = {"fp8": "scaled_mm", "int8": "triton_weights"}
 
 
 def kernel_for(format: Format, x: Float[Tensor, "M K"], weight: Shaped[Tensor, "N K"]) -> Product:
-    """The product that a format runs on here: `BEST` on a GPU that has it, for half precision and widths that fit, else its formula.
+    """The product that a format runs on here: `BEST` on a GPU that has it, for half precision and widths that fit, else its formula."""
+    return choose(format, x, best_on(format, weight.device, *weight.shape))
 
-    Knows shapes, types and devices only, so a compiled graph holds one of them.
-    """
-    outputs, inputs = weight.shape
-    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.version.hip is not None:
-        return FORMULAS[format]
+
+def choose(format: Format, x: Float[Tensor, "M K"], best: str | None) -> Product:
+    """The kernel `best` for activations that it takes, else the formula. Knows types only, so a compiled graph holds one of them."""
+    return FORMULAS[format] if best is None or x.dtype != torch.bfloat16 else KERNELS[best]
+
+
+def best_on(format: Format, device: torch.device, outputs: int, inputs: int) -> str | None:
+    """The kernel of a format for weights [outputs, inputs] on a device; None where there is none. Asks the driver: not in compiled code."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
     if format == "fp8":
-        fits = outputs % 16 == 0 and inputs % 16 == 0 and capability(x.device.index) >= (8, 9)
+        fits = outputs % 16 == 0 and inputs % 16 == 0 and capability >= (8, 9)
     else:
-        fits = inputs % 128 == 0 and capability(x.device.index) >= (8, 0) and has_triton()
-    return KERNELS[BEST[format]] if fits else FORMULAS[format]
-
-
-def constant_in_graphs(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`, which imports all of torch's compiler (1.3 s) to set this mark."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@constant_in_graphs
-def capability(index: int) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(index)
-
-
-@constant_in_graphs
-def has_triton() -> bool:
-    """Is Triton installed? PyTorch's CUDA builds bring it."""
-    return importlib.util.find_spec("triton") is not None
+        fits = inputs % 128 == 0 and capability >= (8, 0) and importlib.util.find_spec("triton") is not None
+    return BEST[format] if fits else None

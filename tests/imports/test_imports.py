@@ -16,7 +16,7 @@ COMPILER = "torch._dynamo"  # as long to import as torch itself; `check` compile
 HEAVY = ("lightning", "pytorch_lightning", "peft", "tensorboard", "matplotlib", "rich", "transformers", "datasets", "torchmetrics")
 
 # A module may import its own layer and the layers it names:
-# types <- ops <- state <- {decoders, cache, models} <- engine <- decode <- drivers <- rest.
+# types <- ops <- state <- {decoders, cache, models} <- rounds <- engine <- decode <- drivers <- rest.
 BASE = {"types", "errors", "ops"}
 CORE = {*BASE, "registry", "state"}
 PARTS = {*CORE, "cache", "decoders", "models"}
@@ -29,9 +29,9 @@ ALLOWED = {
     "cache": CORE,
     "decoders": CORE,
     "sheets": PARTS,
+    "graphs": set(),
+    "workspace": {"cache", "graphs"},
     "rounds": {*PARTS, "sheets"},
-    "graphs": PARTS,
-    "workspace": {*PARTS, "graphs", "rounds"},
     "engine": {*PARTS, "sheets", "rounds", "graphs", "workspace"},
     "decode": {*PARTS, "engine"},
     "drivers": {*PARTS, "engine", "decode", "recipe_hints"},
