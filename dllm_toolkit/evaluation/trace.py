@@ -41,6 +41,7 @@ Kind = Literal["commit", "edit", "confirm", "remask", "fill"]
 was taken back. fill: end-of-text that no forward chose, behind the end of the row."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_CHUNK = 64  # positions whose distributions over the vocabulary are held in float32 at a time
 Runs = tuple[tuple[int, int], ...]
 """Positions as (first, one past the last) of each run."""
 
@@ -245,17 +246,15 @@ def _confidence(asked: Sequence[Asked], positions: Tensor, tokens: Tensor) -> Te
     """Probability of each token at its canvas position [N]; nan where no forward of the step read it."""
     found = torch.full(positions.shape, math.nan, dtype=torch.float32, device=positions.device)
     for one in reversed(asked):  # the last forward that read a position has the say
-        missing = found.isnan().nonzero().flatten()
-        if missing.numel() == 0:
-            break
-        best = torch.full(missing.shape, -1.0, device=found.device)
-        for lanes, logits in zip(one.answer.positions, one.answer.logits, strict=True):  # branches; [R], [R, V]
-            match = lanes == positions[missing].unsqueeze(1)  # [N, R]
-            read, lane = match.any(1), match.long().argmax(1)
-            said = logits[lane].float()
-            probability = (said.gather(1, tokens[missing].unsqueeze(1)).squeeze(1) - said.logsumexp(1)).exp()
-            best = torch.where(read, torch.maximum(best, probability), best)
-        found[missing] = torch.where(best >= 0, best, math.nan)
+        for some in found.isnan().nonzero().flatten().split(_CHUNK):
+            best = torch.full(some.shape, -1.0, device=found.device)
+            for lanes, logits in zip(one.answer.positions, one.answer.logits, strict=True):  # branches; [R], [R, V]
+                match = lanes == positions[some].unsqueeze(1)  # [N, R]
+                read, lane = match.any(1), match.long().argmax(1)
+                said = logits[lane].float()  # [N, V]
+                probability = (said.gather(1, tokens[some].unsqueeze(1)).squeeze(1) - said.logsumexp(1)).exp()
+                best = torch.where(read, torch.maximum(best, probability), best)
+            found[some] = torch.where(best >= 0, best, math.nan)
     return found
 
 

@@ -50,11 +50,10 @@ def write_gif(path: Path, traces: Sequence[DecodeTrace], *, per_second: float = 
     longest = max((one.frames[-1].forwards if one.frames else 0) for one in traces)
     stride = -(-(longest + 1) // MOST_FRAMES)
     clock = [*range(0, longest, stride), longest]
-    pictures = [_picture(panels, forwards) for forwards in clock]
     colours = _palette()
     palette = Image.new("P", (1, 1))
     palette.putpalette(colours)
-    frames = [one.quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]
+    frames = [_picture(panels, forwards).quantize(palette=palette, dither=Image.Dither.NONE) for forwards in clock]
     durations = [max(20, round(1000 * stride / per_second))] * (len(frames) - 1) + [4000]
     # One palette for the file, and one index more that no picture uses: what has not changed is written as that, which packs well.
     frames[0].save(

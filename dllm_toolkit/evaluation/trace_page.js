@@ -72,10 +72,14 @@
       else if (cell.step === 0) names.push("pinned");
       else if (colour.value === "step") names.push(`s${Math.floor((cell.step - 1) * STEPS / trace.frames.length)}`);
       else if (cell.sure !== null) names.push(`k${level(cell.sure)}`);
-      span.textContent = filled ? "\u00b7" : text === null ? "   " : visible(piece(trace, text));
-      if (span.textContent.includes("\n")) names.push("line");
-      span.className = names.join(" ");
-      span.ariaHidden = cell.token === null ? "true" : null;
+      const shownText = filled ? "\u00b7" : text === null ? "   " : visible(piece(trace, text));
+      if (shownText.includes("\n")) names.push("line");
+      // Long answers have thousands of these, few of which change in a step.
+      if (span.textContent !== shownText) span.textContent = shownText;
+      if (span.className !== names.join(" ")) {
+        span.className = names.join(" ");
+        span.ariaHidden = cell.token === null ? "true" : null;
+      }
     });
     panel.cells = cells;
     const decided = cells.filter(cell => cell.token !== null && cell.kind !== FILL).length, forwards = frame ? frame.forwards : 0;
