@@ -44,6 +44,7 @@ class DiffusionModule(pl.LightningModule):
         max_minutes: float | None = None,
         compile: bool = False,
         seed: int = 0,
+        teacher: Transformer | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -51,6 +52,7 @@ class DiffusionModule(pl.LightningModule):
         self.optimizer_recipe, self.schedule = optimizer, schedule
         self.gradient_clip = gradient_clip
         self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
+        self._teacher = (teacher,)  # in a tuple: no part of what is trained, counted and saved
         self.average = Average(model, ema) if ema is not None else None
         self.batches = 0  # micro-batches consumed, over all processes of the run
         self.elapsed = 0.0  # seconds of training before this process
@@ -60,9 +62,8 @@ class DiffusionModule(pl.LightningModule):
         self.gradient_norm: Tensor | None = None
         self._started: float | None = None
         self._validation_losses: list[Tensor] = []
-        # One static graph each for student and teacher; eager for validation, whose no_grad and eval would be two more graphs.
-        self._loss = torch.compile(objective.loss, dynamic=False) if compile else objective.loss
-        self._teach = torch.compile(objective.teach, dynamic=False) if compile else objective.teach
+        # Eager for validation, whose no_grad and eval would be more graphs.
+        self._train_objective = objective.compiled() if compile else objective
 
     # ---- time
 
@@ -90,6 +91,8 @@ class DiffusionModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.average is not None:
             self.average.to(self.device)
+        if self._teacher[0] is not None:
+            self._teacher[0].to(self.device)
 
     def on_train_start(self) -> None:
         self._started = time.monotonic()
@@ -104,7 +107,8 @@ class DiffusionModule(pl.LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.objective(self.model, batch, self.noise(_NOISE, self.batches), loss=self._loss, teach=self._teach)
+        noise, (teacher,) = self.noise(_NOISE, self.batches), self._teacher
+        loss = self._train_objective(self.model, batch, noise, teacher=teacher, progress=self.progress)
         self.batches += 1
         self.last_loss, self.last_metrics = loss.value.detach(), loss.metrics
         return loss.value
@@ -154,7 +158,8 @@ class DiffusionModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with self.averaged() as model:
-            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx))
+            # As at the end of the run, so that the numbers of one run can be compared.
+            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), teacher=self._teacher[0])
         self._validation_losses.append(loss.value.detach())
 
     def on_validation_epoch_end(self) -> None:

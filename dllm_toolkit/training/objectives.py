@@ -12,8 +12,10 @@ indexing, so no step waits for the device.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops.masks import answer_blocks, block_causal
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
+from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
 
@@ -58,20 +61,45 @@ class Objective(abc.ABC):
         """Whether `teach` must be called for each batch."""
         return False
 
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether the teacher may be a model of its own."""
+        return False
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the rows must say at which step of a decode each token was decided."""
+        return False
+
     def check(self, model: Transformer) -> None:  # noqa: B027 - an objective that takes every model has nothing to check
         """Raise ObjectiveError if `model` cannot be trained this way."""
+
+    def check_rows(self, answer_lengths: Sequence[int]) -> None:  # noqa: B027 - as above
+        """Raise ObjectiveError if answers of these lengths, in tokens, cannot be trained on."""
+
+    def decodes(self) -> tuple[Attention, int | None] | None:
+        """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
+        return None
+
+    def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> View:
+        """Draw what the model sees when a share `progress` of the run is over. Objectives without a schedule define `corrupt` alone."""
+        return self.corrupt(batch, spec.mask_id, generator)
 
     @abc.abstractmethod
     def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
         """Draw what the model sees."""
 
-    def teach(self, model: Transformer, batch: Batch, view: View) -> Float[Tensor, "B L V"]:
-        """Logits of the frozen teacher; called without gradient and with the adapter off, only if `needs_teacher`."""
+    def teach(self, model: Transformer, batch: Batch, view: View) -> View:
+        """`view` with what the frozen teacher says; called without gradient and with the adapter off, only if `needs_teacher`."""
         raise ObjectiveError("this objective has no teacher. Nothing was distilled. Ask only where `needs_teacher` is true.")
 
     @abc.abstractmethod
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         """The loss of one view: deterministic, compilable as one graph."""
+
+    def compiled(self) -> Callable[..., Loss]:
+        """What is called instead of this objective where it is to be fast: the same, compiled. The whole loss is one static graph."""
+        return partial(self.__call__, loss=torch.compile(self.loss, dynamic=False))
 
     def __call__(
         self,
@@ -80,15 +108,20 @@ class Objective(abc.ABC):
         generator: torch.Generator,
         *,
         loss: Callable[[Transformer, Batch, View], Loss] | None = None,
-        teach: Callable[[Transformer, Batch, View], Tensor] | None = None,
+        teacher: Transformer | None = None,
+        progress: float = 1.0,
     ) -> Loss:
-        """Corrupt, ask the teacher if there is one, and return the loss. `loss` and `teach`: compiled forms of the methods."""
-        view = self.corrupt(batch, model.spec.mask_id, generator)
+        """Corrupt, ask the teacher if there is one, and return the loss.
+
+        loss: the compiled form of the method. teacher: a model of its own; None is `model` with its adapter off. progress: the share of
+        the run that is over, for schedules.
+        """
+        view = self.show(batch, model.spec, generator, progress)
         if self.needs_teacher:
             from dllm_toolkit.training.lora import adapter_off
 
-            with torch.no_grad(), adapter_off(model):
-                view = view._replace(teacher=(teach or self.teach)(model, batch, view))
+            with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
+                view = self.teach(model if teacher is None else teacher, batch, view)
         return (loss or self.loss)(model, batch, view)
 
 
@@ -255,6 +288,9 @@ class D2FDistillation(Objective):
     def needs_teacher(self) -> bool:
         return self.self_align
 
+    def decodes(self) -> tuple[Attention, int | None]:
+        return "block_causal", self.block_length
+
     def check(self, model: Transformer) -> None:
         if model.spec.attention == "causal":
             raise ObjectiveError(
@@ -269,8 +305,8 @@ class D2FDistillation(Objective):
             weight = (weight > 0).to(weight.dtype)
         return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
 
-    def teach(self, model: Transformer, batch: Batch, view: View) -> Float[Tensor, "B L V"]:
-        return model.logits(view.tokens, full_allow(batch))
+    def teach(self, model: Transformer, batch: Batch, view: View) -> View:
+        return view._replace(teacher=model.logits(view.tokens, full_allow(batch)))
 
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         logits = model.logits(view.tokens, block_causal_allow(batch, self.block_length))

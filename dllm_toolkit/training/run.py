@@ -26,7 +26,7 @@ from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.export import export, write_card
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.module import DiffusionModule
-from dllm_toolkit.training.objectives import D2FDistillation, Objective
+from dllm_toolkit.training.objectives import Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
 
 
@@ -89,17 +89,29 @@ class TrainRecipe:
     trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings(max_steps=1000))
     ema: float | None = None
     lora: Lora | None = None
+    teacher: Lazy[Model] | None = None
     callbacks: tuple[pl.Callback, ...] = ()
     export: Path | None = None
     summary: str = "A model trained with dllm_toolkit."
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective.needs_teacher and self.lora is None:
+        if self.objective.needs_teacher and self.lora is None and self.teacher is None:
             raise TrainError(
                 "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
-                "Write lora: {rank: 32, alpha: 32}."
+                "Write lora: {rank: 32, alpha: 32}, or teacher: with a model of its own."
             )
+        if self.teacher is not None and self.objective.needs_teacher and not self.objective.takes_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
+                "Write lora: instead; the teacher is then the model with its adapter off."
+            )
+        if self.objective.needs_steps and not self.data.step_maps:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
+                "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
+            )
+        self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
         if not 0 <= self.seed < 1 << 32:
@@ -115,6 +127,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     checkpoint = owned(built.output, recipe)
     check_export(recipe, built.export)
     model = _prepare(recipe, built)
+    teacher = _teacher(recipe, built, model)
     trainer = _trainer(recipe, built, checkpoint)
     claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
@@ -131,6 +144,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         max_minutes=settings.max_minutes,
         compile=on_gpu if settings.compile == "auto" else settings.compile,
         seed=built.seed,
+        teacher=teacher,
     )
     device = trainer.strategy.root_device
     say(f"making {type(built.data).__name__} on {device}")
@@ -227,9 +241,9 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             "Every id needs a row of the embedding. Use a model made for this tokenizer."
         )
     model.float().train().requires_grad_(True)  # loaded models come frozen, for decoding
-    if isinstance(built.objective, D2FDistillation):
-        # Matters for decoding only: both passes of the loss are given their masks.
-        model.with_attention("block_causal", built.objective.block_length)
+    rule = built.objective.decodes()
+    if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
+        model.with_attention(*rule)
     if built.lora is not None:
         with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
             torch.manual_seed(built.seed)
@@ -239,6 +253,28 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             with _placed(recipe, "callbacks", str(number)):
                 callback.check(model.spec)
     return model
+
+
+def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transformer | None:
+    """The frozen teacher, if it is a model of its own and the objective asks one."""
+    if built.teacher is None or not built.objective.needs_teacher:
+        return None
+    teacher = built.teacher.build()
+    with _placed(recipe, "teacher"):
+        if not isinstance(teacher, Transformer):
+            raise TrainError(f"a teacher is a native Transformer, got {type(teacher).__name__}. Write teacher: {{_component_: load, ...}}.")
+        words = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (teacher, student)]
+        if teacher.spec.vocab_size != student.spec.vocab_size or (None not in words and words[0] != words[1]):
+            raise TrainError(
+                f"teacher and student have different tokenizers, got {teacher.spec.vocab_size} and {student.spec.vocab_size} rows of the "
+                "vocabulary. Their distributions are over the same words or cannot be compared. Use a teacher with the student's tokenizer."
+            )
+        if teacher.spec.mask_id != student.spec.mask_id or teacher.spec.attention == "causal":
+            raise TrainError(
+                f"the teacher must fill the student's masks, got mask ids {teacher.spec.mask_id} and {student.spec.mask_id}, attention "
+                f"{teacher.spec.attention!r}. Write a teacher trained with objective: masked_diffusion."
+            )
+    return teacher.float().eval().requires_grad_(False)
 
 
 def _base_name(built: TrainRecipe) -> str:
