@@ -53,6 +53,8 @@ class Composed(Objective):
     """An objective that is a sum of terms over noisy copies of the batch."""
 
     terms: tuple[Term, ...]
+    copies: int = 1
+    """Noisy copies of each row."""
 
     @abc.abstractmethod
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
@@ -91,6 +93,10 @@ class Composed(Objective):
                         f"blocks of {block} tokens do not divide an answer of {length}. The last block would be cut short, and no decode "
                         f"ends there. Write an answer_length that is a multiple of {block}, or another block_length."
                     )
+
+    def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        student = self.layout(1.0).lanes(length, answer_length)
+        return self.copies * student, self.copies * length if self.needs_teacher else 0
 
     def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
         copies = self.noise(batch, spec, generator, progress)

@@ -45,6 +45,10 @@ class Layout(abc.ABC):
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
         """`batch` has the clean rows, `tokens` what is shown instead of them. `generator`: for rules that are drawn."""
 
+    def lanes(self, length: int, answer_length: int) -> int:
+        """W, for rows of `length` tokens."""
+        return length
+
     def decodes(self) -> tuple[Attention, int | None]:
         """The attention rule and the block length that a student of this layout decodes with."""
         return "full", None
@@ -133,6 +137,9 @@ class Doubled(Layout):
             masks.block_diffusion(labels, clean),
             torch.where(batch.answer, read, 0),
         )
+
+    def lanes(self, length: int, answer_length: int) -> int:
+        return answer_length + length
 
     def decodes(self) -> tuple[Attention, int | None]:
         return "block_causal", self.length

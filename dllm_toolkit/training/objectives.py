@@ -81,6 +81,10 @@ class Objective(abc.ABC):
         """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
         return None
 
+    def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        """Query tokens of student and teacher for one row of `length` tokens: what a step costs, whatever the machine."""
+        return length, length if self.needs_teacher else 0
+
     def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> View:
         """Draw what the model sees when a share `progress` of the run is over. Objectives without a schedule define `corrupt` alone."""
         return self.corrupt(batch, spec.mask_id, generator)

@@ -353,6 +353,10 @@ def _finish(
         spec = model.spec
         report = export(model, built.export, validation[0], attention=spec.attention, block_size=spec.block_size)
     sequences = module.batches * built.data.batch_size * trainer.world_size
+    costs = [built.objective.lanes(part.tokens.shape[1], part.answer_length) for part in train.parts]
+    lanes = {
+        who: round(sequences * sum(cost) / len(costs)) for who, cost in zip(("student", "teacher"), zip(*costs, strict=True), strict=True)
+    }
     write_card(
         built.export,
         {
@@ -369,6 +373,7 @@ def _finish(
                 "steps": trainer.global_step,
                 "sequences": sequences,
                 "rows": train.size,
+                "lanes": lanes,
                 "seconds": round(module.seconds, 1),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
                 "devices": trainer.world_size,

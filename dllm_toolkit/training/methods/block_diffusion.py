@@ -57,6 +57,10 @@ class BlockDiffusion(Composed):
         corrupt.check_interval(self.minimum, self.maximum)
 
     @property
+    def copies(self) -> int:  # type: ignore[override]
+        return 2 if self.complementary else 1
+
+    @property
     def terms(self) -> tuple[Term, ...]:  # type: ignore[override]
         sure = (Certainty(share=self.certainty),) if self.certainty else ()
         return (CrossEntropy(normaliser=self.normaliser), *sure)

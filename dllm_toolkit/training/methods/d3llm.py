@@ -44,6 +44,8 @@ class PseudoTrajectory(Composed):
     both_certain: bool = False
     order: Literal["trajectory", "random"] = "trajectory"
 
+    copies = 2
+
     def __post_init__(self) -> None:
         check_blocks(self.block_length)
         check_temperature(self.temperature)

@@ -37,6 +37,8 @@ class CertaintyForcing(Composed):
     beta: float = 2.0
     temperature: float = 0.5
 
+    copies = 2
+
     def __post_init__(self) -> None:
         check_blocks(self.block_length, least=0)
         check_temperature(self.temperature)
