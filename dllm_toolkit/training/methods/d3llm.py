@@ -63,12 +63,10 @@ class PseudoTrajectory(Composed):
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         lengths = self.block_length if isinstance(self.block_length, tuple) else (self.block_length,)
         active, after = active_block(batch, interpolated(lengths, progress), generator)
-        low = self.ratio_low.at(progress)
+        uniform, low = corrupt.draw(tuple(batch.tokens.shape), generator), self.ratio_low.at(progress)
         ratio = low + (self.ratio_high - low) * corrupt.draw((len(batch.tokens),), generator)
-        if self.order == "random":
-            masked = corrupt.bernoulli(ratio.unsqueeze(1), active, generator)
-        else:
-            masked = late(require_steps(batch), active, ratio)
+        by_chance = active & (uniform < ratio.unsqueeze(1))
+        masked = by_chance if self.order == "random" else late(require_steps(batch), active, ratio)
         return complementary(batch, spec, masked, active, after)
 
 
