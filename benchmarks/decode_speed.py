@@ -9,7 +9,8 @@ may be committed, whatever the model says of them. Everything else is the ordina
 any recipe.
 
     floor       bytes of the weights that a forward reads / bandwidth of a plain copy
-    decode      whole generations: d2f + block_causal, semi-AR + dual, + prefix, vanilla without cache, autoregressive
+    decode      whole generations, and the graphs that their steps are made of (replays.py: forward by lanes and reads, its products alone):
+                d2f + block_causal, semi-AR + dual, + prefix, vanilla without cache, autoregressive
     batch       d2f by number of rows, `--requests` for each row, prompts and answers of unequal lengths: in batches, of which each waits
                 for its slowest row, and with finished rows refilled (stream.py)
     long        a prompt of `--long` tokens: d2f, semi-AR + dual, autoregressive
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from matmul_speed import bandwidth
+from replays import forget, products, steps
 
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache, PrefixCache
@@ -106,6 +108,8 @@ def generation(
     """Median tokens/s of whole generations, after the warm-up, and what they were made of."""
     place(model, attention, options)
 
+    forget(model)
+
     def once(seed: int) -> Output:
         return decode(
             model, decoder, prompts_of(options, rows, seed), max_new_tokens=options.new_tokens, cache=cache, compile=options.compile
@@ -119,6 +123,8 @@ def generation(
     seconds = statistics.median(output.stats.seconds for output in outputs)
     nfe = max(outputs[0].stats.nfe)
     tokens = sum(outputs[0].stats.commits)
+    graphs = steps(model)
+    alone = {name: products(model, *map(int, name.split(", "))) for name in graphs["forward"]}
     return {
         "rows": rows,
         "tokens_per_second": round(tokens / seconds, 1),
@@ -128,6 +134,7 @@ def generation(
         "ms_per_forward": round(seconds / nfe * 1e3, 3),
         "lanes_per_forward": round(outputs[0].stats.lanes[0] / nfe, 1),
         "warm_up_seconds": round(warm_up, 1),
+        **({"graphs_ms": {**graphs, "products": alone}} if alone else {}),
     }
 
 
@@ -150,6 +157,7 @@ def throughput(
 ) -> dict[str, Any]:
     """Tokens/s of many unequal requests through `rows` rows."""
     place(model, attention, options)
+    forget(model)
     prompts, lengths = requests_of(options, rows * options.requests)
     arguments: dict[str, Any] = {"cache": cache, "compile": options.compile}
 

@@ -34,6 +34,9 @@ def _names(*authors: str) -> str:
 
 
 BIBLIOGRAPHY: dict[str, Reference] = {
+    "1604.06174": Reference(
+        "Training Deep Nets with Sublinear Memory Cost", _names("Tianqi Chen", "Bing Xu", "Chiyuan Zhang", "Carlos Guestrin")
+    ),
     "2103.03874": Reference(
         "Measuring Mathematical Problem Solving With the MATH Dataset",
         _names(

@@ -24,6 +24,7 @@ from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decoders.base import DecodeError, Decoder, check, extra_steps
 from dllm_toolkit.engine import Asked, Engine
 from dllm_toolkit.models.base import Model
+from dllm_toolkit.ops import trees
 from dllm_toolkit.state import State, begin_state
 from dllm_toolkit.types import ModelSpec, Result
 
@@ -37,6 +38,7 @@ class Stats:
     nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
     method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
     computed: query tokens that really ran, a mean over the model's layers; fewer than `lanes` where a wrapper answers from memory.
+    warm_up: the seconds among them that went into compiling and recording graphs (the first decode of a shape on a GPU).
     extra: what else a driver counts, by name, one number a row.
     """
 
@@ -48,6 +50,7 @@ class Stats:
     edits: list[int]
     computed: list[float]
     seconds: float
+    warm_up: float = 0.0
     extra: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -133,7 +136,7 @@ def loop(
                 break
             state = after
             if callback is not None:
-                callback(state)
+                callback(trees.over(torch.clone, state) if engine.compile else state)  # the next step overwrites what a graph returned
         else:
             state = _cut(state, limit, throw)
         _synchronise(state)
@@ -327,10 +330,10 @@ def _package(state: State, engine: Engine, budget: list[int], seconds: float) ->
     canvas = state.tokens.tolist()
     return Output(
         tokens=[row[first : first + size] for row, first, size in zip(canvas, begin, budget, strict=True)],
-        canvas=state.tokens,
-        born=state.born,
-        begin=state.begin,
-        end=state.end,
+        canvas=state.tokens.clone(),  # a compiled decode leaves its memory to the next one
+        born=state.born.clone(),
+        begin=state.begin.clone(),
+        end=state.end.clone(),
         result=[Result(value) for value in state.result.tolist()],
         stats=Stats(
             nfe=engine.nfe.tolist(),
@@ -341,6 +344,7 @@ def _package(state: State, engine: Engine, budget: list[int], seconds: float) ->
             edits=state.edits.tolist(),
             computed=engine.computed.tolist(),
             seconds=seconds,
+            warm_up=engine.warm_up,
         ),
     )
 

@@ -18,20 +18,27 @@ The second form, and the shadows of a canvas (positions that are asked anew, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_toolkit import sheets
+from dllm_toolkit import rounds, sheets, workspace
 from dllm_toolkit.cache.base import Cache, Plan
+from dllm_toolkit.cache.buffer import KVBuffer
+from dllm_toolkit.graphs import Pool, copy_all, leaves
 from dllm_toolkit.models.base import Model, Query
-from dllm_toolkit.ops import lanes, masks, trees
+from dllm_toolkit.models.pieces import Pieces
+from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.models.wrapper import recordable
+from dllm_toolkit.ops import lanes, trees
+from dllm_toolkit.rounds import Look, Memory
 from dllm_toolkit.state import Answer, Region, Shadow, State
-from dllm_toolkit.types import Canvas, Rows
+from dllm_toolkit.types import Canvas, PyTree, Rows, Tokens
 
 Form = Literal["rows", "lanes"]
 
@@ -53,7 +60,7 @@ class Engine:
     """Runs a model for one decode of B rows on a canvas of L positions.
 
     nfe, lanes [B]: forwards and query tokens of each row so far, whatever the number of branches. last: the most recent forward. over:
-    nobody was left to ask for. listen: called with every forward, if somebody wants to know.
+    nobody was left to ask for. listen: called with every forward, if somebody wants to know. compile: see above.
     """
 
     def __init__(
@@ -73,11 +80,6 @@ class Engine:
         self.branches = branches
         self.sheets = branches if form == "lanes" else 1  # canvases that share a row of the buffer
         every = state if branches == 1 else state.branch(branches)
-        self.own = cache.init(every)
-        self.kv = model.buffer(rows * branches // self.sheets, length + 1)
-        self.written = torch.full_like(every.tokens, -1)
-        self.nfe = torch.zeros_like(state.step)
-        self.lanes = torch.zeros_like(state.step)
         self.last: Asked | None = None
         self.listen: Callable[[Asked], None] | None = None
         self.over = False
@@ -86,48 +88,48 @@ class Engine:
         self.widths = widths or buckets(length)
         self._waiting = False  # for `keep`
         self._apart: lanes.SheetLanes | None = None  # lanes of the last forward, if some of their keys stand in scratch slots
-        self._units: dict[Callable[..., Any], Callable[..., Any]] = {}
-        if compile:
+        self._core = recordable(model) if compile else None
+        self._space = self._workspace(rows * branches // self.sheets, length, state)
+        self._pool = self._space.pool
+        self._warm_up = self._pool.seconds
+        first = Memory(cache.init(every), torch.full_like(every.tokens, -1), torch.zeros_like(state.step), torch.zeros_like(state.step))
+        self._memory: Memory = self._pool.hold(first)
+
+    def _workspace(self, rows: int, length: int, state: State) -> workspace.Workspace:
+        model, device = self.model, state.tokens.device
+        pool = Pool(device) if self.compile else Pool(torch.device("cpu"))
+        if self.compile:
             _allow_graphs()
-        self._forward: Callable[..., Tensor] = (
-            torch.compile(model, mode="reduce-overhead", dynamic=False) if compile else model
-        )
+        if pool.kind is None or self._core is None:
+            return workspace.Workspace(model.buffer(rows, length + 1), pool)
+        self._core.fuse()
+        # The trash slot is the last of a whole number of 16: attention kernels want aligned rows of the mask.
+        slots = -(-(length + 1) // 16) * 16
+        key = (state.tokens.shape, rows, self.branches, self.sheets, state.spec, self.cache, self.widths, self.max_reads)
+        assert isinstance(model, torch.nn.Module)
+        return workspace.take(self, model, key, lambda: workspace.Workspace(model.buffer(rows, slots), pool))
 
-    def ask(self, state: State, region: Region, shadows: Canvas | None = None) -> Answer:
-        """One forward. Logits of every read position of every unfinished row, aligned with the position they predict.
+    @property
+    def kv(self) -> KVBuffer:
+        return self._space.kv
 
-        shadows: positions that are asked anew, each with its own token hidden (`Answer.shadow`); models with shift 0 only. They take as
-        many more lanes. With branches, state and region have B * K rows, and so has the answer; `keep` must follow.
-        """
-        assert not self._waiting, "Engine.keep must say which branch goes on before the next Engine.ask"
-        alive = ~state.done.unsqueeze(1)
-        dirty = self.written != state.tokens
-        plan = self.cache.plan(region, state, self.own, dirty)
-        plan = Plan(plan.compute & plan.visible & alive, plan.visible)
-        wanted = region.read & alive
-        asked = None if shadows is None else shadows & plan.visible & alive
-        if self.sheets == 1 and asked is None:
-            answer = self._plain(state, region, plan, wanted)
-        else:
-            answer = self._spread(state, region, plan, wanted, asked)
-        if answer is None:
-            return self._nothing(state, shadows is not None)
-        self.written = torch.where(plan.compute, state.tokens, self.written)
-        self.own = self.cache.update(plan, region, state, self.own, dirty)
-        used, count = ~state.done, plan.compute.sum(1)
-        if asked is not None:
-            count = count + asked.sum(1)
-        if self.branches > 1:
-            self._waiting = True
-            used, count = used.view(-1, self.branches).any(1), count.view(-1, self.branches).sum(1)
-        self.nfe = self.nfe + used.long()
-        self.lanes = self.lanes + count
-        if self.compile:  # the next forward overwrites what this one returned
-            answer = trees.over(torch.clone, answer)
-        self.last = Asked(state, region, plan, answer)
-        if self.listen is not None:
-            self.listen(self.last)
-        return answer
+    @property
+    def own(self) -> PyTree:
+        """The cache's state."""
+        return self._memory.own
+
+    @property
+    def written(self) -> Tokens:
+        """The token that the keys and values of every slot come from; -1 for none."""
+        return self._memory.written
+
+    @property
+    def nfe(self) -> Int[Tensor, "B"]:
+        return self._memory.nfe
+
+    @property
+    def lanes(self) -> Int[Tensor, "B"]:
+        return self._memory.lanes
 
     @property
     def computed(self) -> Float[Tensor, "B"]:
@@ -135,6 +137,42 @@ class Engine:
         own = getattr(self.model, "computed", None)
         ran = None if own is None else own(self.kv)
         return self.lanes.float() if ran is None else ran
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds that this decode spent on compiling and recording; 0 without graphs."""
+        return self._pool.seconds - self._warm_up
+
+    def hold(self, state: State) -> State:
+        """The state where the graphs read it: one object for all states of its form. Without graphs the state itself."""
+        return self._pool.hold(state) if self.compile else state
+
+    def ask(self, state: State, region: Region, shadows: Canvas | None = None, *, borrow: bool = False) -> Answer:
+        """One forward. Logits of every read position of every unfinished row, aligned with the position they predict.
+
+        shadows: positions that are asked anew, each with its own token hidden (`Answer.shadow`); models with shift 0 only. They take as
+        many more lanes. With branches, state and region have B * K rows, and so has the answer; `keep` must follow. borrow: the answer is
+        not used once the engine is asked again, so it need not be copied out of a graph's memory.
+        """
+        assert not self._waiting, "Engine.keep must say which branch goes on before the next Engine.ask"
+        plain = self.sheets == 1 and shadows is None
+        seen: Look = self._run(("look", plain), self._look(plain), state, region, shadows, self._memory)
+        counts = seen.counts.tolist()  # the one host read of a step
+        self.over = counts[-1] == 0
+        if self.over:
+            return self._nothing(state, shadows is not None)
+        if plain:
+            answer = self._plain(state, region, seen, *self._widths(counts[0], counts[1], state.tokens.shape[1]))
+        else:
+            answer = self._spread(state, region, seen, counts)
+        if self.branches > 1:
+            self._waiting = True
+        if self._pool.kind is not None and not (borrow and self.listen is None):
+            answer = trees.over(torch.clone, answer)
+        self.last = Asked(state, region, seen.plan, answer)
+        if self.listen is not None:
+            self.listen(self.last)
+        return answer
 
     def keep(self, choice: Int[Tensor, "B"]) -> None:
         """Go on with one branch of every row: its keys and values, and what the cache remembers of it, become those of all branches."""
@@ -152,8 +190,7 @@ class Engine:
             self.kv.move(
                 torch.where(mine, self.written.shape[1] + lane.scratch, trash), torch.where(mine, lane.positions, trash)
             )
-        self.own = trees.pick(self.own, source, source.shape[0])
-        self.written = self.written.index_select(0, source)
+        self._remember(own=trees.pick(self.own, source, source.shape[0]), written=self.written.index_select(0, source))
 
     def accept(self, state: State, where: Canvas) -> None:
         """Positions of the last forward whose token turned out to be final: a draft that was verified. The cache may keep their K/V.
@@ -162,7 +199,7 @@ class Engine:
         """
         if self.last is not None and not self.over:
             computed = self.last.plan.compute & (self.written == state.tokens)
-            self.own = self.cache.accept(where & computed, self.own)
+            self._remember(own=self.cache.accept(where & computed, self.own))
 
     def restart(self, where: Rows, state: State) -> None:
         """Rows begin anew where True, from those of `state`, a first state of as many rows: nothing of what was there is used again.
@@ -170,46 +207,87 @@ class Engine:
         Without branches only. Their slots keep old keys, as they held nothing before the first decode: `written` says that none counts.
         """
         assert self.branches == 1, "rows of a decoder with branches cannot begin anew"
-        self.own = trees.choose(where, self.cache.init(state), self.own)
-        self.written = self.written.masked_fill(where.unsqueeze(1), -1)
-        self.nfe, self.lanes = self.nfe.masked_fill(where, 0), self.lanes.masked_fill(where, 0)
+        self._remember(
+            own=trees.choose(where, self.cache.init(state), self.own),
+            written=self.written.masked_fill(where.unsqueeze(1), -1),
+            nfe=self.nfe.masked_fill(where, 0),
+            lanes=self.lanes.masked_fill(where, 0),
+        )
 
     def finished(self, state: State) -> bool:
         """Nothing left to do? Known from the host read of the last `ask`, so it costs nothing; one step late by design."""
         return self.over
 
-    def unit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` compiled as one graph when this engine compiles, itself otherwise."""
-        if not self.compile:
+    def unit(self, function: Callable[..., Any], *, borrow: bool = False, light: bool = False) -> Callable[..., Any]:
+        """`function` compiled as one graph when this engine compiles, itself otherwise.
+
+        borrow: what it returns is not used once it is called again, so it need not be copied out of a graph's memory. light: a few
+        operations, worth compiling only where each is a launch.
+        """
+        if not self.compile or (light and self._pool.kind is None):
             return function
         # Keyed by the bound method, not its name: a decoder may hold two template decoders.
-        if function not in self._units:
-            self._units[function] = torch.compile(function, fullgraph=True, dynamic=False)
-        return self._units[function]
+        unit = self._space.unit(function, function)
+        if borrow or self._pool.kind is None:
+            return unit
+        return lambda *arguments: trees.over(torch.clone, unit(*arguments))
 
-    def _plain(self, state: State, region: Region, plan: Plan, wanted: Canvas) -> Answer | None:
-        """A forward in which every lane has the slot of its position. None if nobody is left."""
-        # The one host read of a step.
-        busiest, reads, left = torch.stack(
-            (plan.compute.sum(1).amax(), wanted.sum(1).amax(), (~state.done).sum())
-        ).tolist()
-        self.over = left == 0
-        if self.over:
-            return None
-        width, read_width = self._widths(busiest, reads, state.tokens.shape[1])
-        positions = lanes.pack(plan.compute, width)  # [B, W]
-        where = lanes.pack(wanted, read_width)  # [B, R]
-        return Answer(self._forward(self._query(state, region, plan.visible, positions, where), self.kv), where)
+    def _run(self, name: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A light function of the engine's own."""
+        return function(*arguments) if self._pool.kind is None else self._space.unit(name, function)(*arguments)
 
-    def _spread(self, state: State, region: Region, plan: Plan, wanted: Canvas, shadows: Canvas | None) -> Answer | None:
-        """A forward over several canvases of a row, or over a canvas and its shadows. None if nobody is left."""
+    def _remember(self, **changes: Any) -> None:
+        self._memory = self._pool.hold(replace(self._memory, **changes))
+
+    def _look(self, plain: bool) -> Callable[..., Look]:
+        cache, count = self.cache, self.sheets
+
+        def look(state: State, region: Region, shadows: Canvas | None, memory: Memory) -> Look:
+            return rounds.look(cache, count, plain, state, region, shadows, memory)
+
+        return look
+
+    def _after(self) -> Callable[..., Memory]:
+        cache, branches = self.cache, self.branches
+
+        def after(state: State, region: Region, seen: Look, memory: Memory) -> Memory:
+            return rounds.after(cache, branches, state, region, seen, memory)
+
+        return after
+
+    def _plain(self, state: State, region: Region, seen: Look, width: int, reads: int) -> Answer:
+        """A forward in which every lane has the slot of its position."""
+        kv, slots = self.kv, self.kv.slots
+
+        def prepare(state: State, region: Region, seen: Look) -> tuple[Query, Tensor]:
+            return rounds.prepare(width, reads, slots, state, region, seen)
+
+        after = self._after()
+        if self._pool.kind is None or self._core is None:
+            query, where = self._run(("prepare", width, reads), prepare, state, region, seen)
+            answer = Answer(self._forward(query, kv), where)
+            self._memory = self._pool.hold(self._run("after", after, state, region, seen, self._memory))
+            return answer
+        name = ("forward", width, reads)
+        unit = self._space.units.get(name)
+        if unit is None:
+            prepare, after = (torch.compile(one, fullgraph=True, dynamic=False) for one in (prepare, after))
+
+            def forward(state: State, region: Region, seen: Look, memory: Memory) -> Answer:
+                query, where = prepare(state, region, seen)
+                logits = self_forward(query, kv)
+                copy_all(zip(leaves(memory), leaves(after(state, region, seen, memory)), strict=True))
+                return Answer(logits, where)
+
+            self_forward = self._forward
+            unit = self._space.unit(name, forward, compiled=False)
+        return unit(state, region, seen, self._memory)
+
+    def _spread(self, state: State, region: Region, seen: Look, counts: list[int]) -> Answer:
+        """A forward over several canvases of a row, or over a canvas and its shadows."""
         length = state.tokens.shape[1]
-        needed = sheets.Needed(plan.visible, plan.compute, wanted, shadows, state.done, self.sheets)
-        # The one host read of a step.
-        busiest, scratch, reads, shades, left = needed.counts().tolist()
-        self.over = left == 0
-        if self.over:
-            return None
+        busiest, scratch, reads, shades, _ = counts
+        needed = sheets.Needed(seen.plan.visible, seen.plan.compute, seen.wanted, seen.asked, state.done, self.sheets)
         self._make_room(scratch, length)
         layout = sheets.lay_out(
             state,
@@ -221,42 +299,40 @@ class Engine:
             shades=self._widths(0, shades, length)[1],
         )
         self._apart = layout.lanes if scratch > 0 else None
-        return layout.answer(self._forward(layout.query, self.kv))
+        kv, forward = self.kv, self._forward
+        if self._pool.kind is None or self._core is None:
+            logits = forward(layout.query, kv)
+        else:
+            logits = self._space.unit(("sheets", id(kv)), lambda query: forward(query, kv), compiled=False)(layout.query)
+        self._memory = self._pool.hold(self._run("after", self._after(), state, region, seen, self._memory))
+        return layout.answer(logits)
 
     def _make_room(self, scratch: int, length: int) -> None:
         """At least so many scratch slots. Grows seldom, in powers of two; what stands in the slots of the canvas is copied."""
         if self.kv.slots - 1 - length < scratch:
             before = self.kv
-            self.kv = self.model.buffer(self.written.shape[0] // self.sheets, length + _bucket(scratch) + 1)
-            self.kv.take(before, length)
+            self._space.kv = self.model.buffer(self.written.shape[0] // self.sheets, length + _bucket(scratch) + 1)
+            self._space.kv.take(before, length)
+            self._space.unused.append(before)  # graphs may be recorded on it; another buffer must not get its name
 
     def _widths(self, busiest: int, reads: int, length: int) -> tuple[int, int]:
         if not self.compile:
             return max(busiest, 1), max(reads, 1)
-        return next(width for width in self.widths if width >= busiest), min(self.max_reads or length, length)
+        width = next(width for width in self.widths if width >= busiest)
+        most = min(self.max_reads or length, length)
+        if self._pool.kind is None:
+            return width, most
+        return width, min(most, next(width for width in self.widths if width >= reads))
 
-    def _query(
-        self,
-        state: State,
-        region: Region,
-        visible: Canvas,
-        positions: Int[Tensor, "B W"],
-        where: Int[Tensor, "B R"],
-    ) -> Query:
-        length = state.tokens.shape[1]
-        spec = state.spec
-        dead: Bool[Tensor, "B W 1"] = (positions == length).unsqueeze(2)
-        allow = masks.lanes_allow(spec.attention, visible, region.block, positions) & ~dead
-        # A dead lane sees the trash slot only: its softmax stays finite and it learns nothing of the row.
-        allow = torch.cat((allow, dead), dim=2)  # [B, W, S]
-        return Query(
-            tokens=lanes.to_lanes(state.tokens, positions, spec.pad_id),
-            positions=positions.clamp(max=length - 1),
-            slots=positions,
-            allow=allow,
-            read=sheets.source(where, spec.shift, length),
-            prompt=positions < state.begin.unsqueeze(1),
-        )
+    @functools.cached_property
+    def _forward(self) -> Callable[[Query, KVBuffer], Tensor]:
+        """The model; compiled when this engine compiles."""
+        model: Callable[..., Tensor] = self.model
+        if not self.compile:
+            return model
+        if self._core is None:
+            return torch.compile(model, dynamic=False)
+        return _in_pieces(model, self._core, Pieces())
 
     def _nothing(self, state: State, shadows: bool) -> Answer:
         rows, length = state.tokens.shape
@@ -266,6 +342,16 @@ class Engine:
         logits = torch.zeros(rows, reads, state.spec.vocab_size, dtype=dtype, device=state.tokens.device)
         where = torch.full((rows, reads), length, device=state.tokens.device)
         return Answer(logits, where, Shadow(logits.clone(), where.clone()) if shadows else None)
+
+
+def _in_pieces(model: Callable[..., Tensor], core: Transformer, pieces: Pieces) -> Callable[[Query, KVBuffer], Tensor]:
+    """`model`, whose transformer runs in compiled pieces."""
+
+    def forward(query: Query, kv: KVBuffer) -> Tensor:
+        with core.in_pieces(pieces):
+            return model(query, kv)
+
+    return forward
 
 
 def _allow_graphs(most: int = 1024) -> None:

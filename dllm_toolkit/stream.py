@@ -34,6 +34,7 @@ from dllm_toolkit.decode import (
 from dllm_toolkit.decoders.base import DecodeError, Decoder, check
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.base import Model
+from dllm_toolkit.ops import trees
 from dllm_toolkit.registry import name_of
 from dllm_toolkit.state import State, begin_state
 from dllm_toolkit.types import Result
@@ -184,7 +185,7 @@ def _run(
         with torch.inference_mode():
             state = decoder.step(engine, state)
             if callback is not None:
-                callback(state)
+                callback(trees.over(torch.clone, state) if engine.compile else state)
             done, steps = torch.stack((state.done.long(), state.step)).tolist()  # the second host read of a step
             late = [request is not None and not done[row] and steps[row] >= request.limit for row, request in enumerate(here)]
             state = _cut(state, here, late, throw) if any(late) else state

@@ -8,10 +8,30 @@ a wide refresh wanted by one row cannot refresh another row's stale keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+class LayerBuffer(NamedTuple):
+    """The keys and values of one layer: views into a `KVBuffer`, row behind row [B * S, H * D].
+
+    Flat, because a compiler writes in place only into what it was given, not into a view of it.
+    """
+
+    keys: Float[Tensor, "BS HD"]
+    values: Float[Tensor, "BS HD"]
+
+    def write(
+        self, index: Int[Tensor, "BW"], keys: Float[Tensor, "B W H D"], values: Float[Tensor, "B W H D"]
+    ) -> tuple[Float[Tensor, "B S H D"], Float[Tensor, "B S H D"]]:
+        """Store new keys and values in place; return the whole buffers."""
+        rows, _, heads, size = keys.shape
+        for whole, new in zip(self, (keys, values), strict=True):
+            whole.index_copy_(0, index, new.reshape(index.numel(), -1))  # whole rows: a plain memcpy per lane on every backend
+        return self.keys.view(rows, -1, heads, size), self.values.view(rows, -1, heads, size)
 
 
 class KVBuffer(nn.Module):
@@ -53,15 +73,10 @@ class KVBuffer(nn.Module):
         """Slots of each row as indices into the flattened [B * S] buffers."""
         return (slots + self.base).flatten()
 
-    def write(
-        self, layer: int, index: Int[Tensor, "BW"], keys: Float[Tensor, "B W H D"], values: Float[Tensor, "B W H D"]
-    ) -> tuple[Float[Tensor, "B S H D"], Float[Tensor, "B S H D"]]:
-        """Store one layer's new keys and values in place; return that layer's whole buffers."""
-        layer_keys, layer_values = self.keys[layer], self.values[layer]
-        # Whole rows move at once: index_copy_ on [B * S, H * D] is a plain memcpy per lane on every backend.
-        layer_keys.view(self.rows * self.slots, -1).index_copy_(0, index, keys.reshape(index.numel(), -1))
-        layer_values.view(self.rows * self.slots, -1).index_copy_(0, index, values.reshape(index.numel(), -1))
-        return layer_keys, layer_values
+    def layer(self, layer: int) -> LayerBuffer:
+        """One layer's keys and values."""
+        flat = self.rows * self.slots
+        return LayerBuffer(self.keys[layer].view(flat, -1), self.values[layer].view(flat, -1))
 
     def write_values(self, layer: int, index: Int[Tensor, "BW"], values: Float[Tensor, "B W H D"]) -> None:
         """Store one layer's new values in place and leave its keys alone."""

@@ -25,6 +25,7 @@ from dllm_toolkit.decoders.rules.stop import AtEos
 from dllm_toolkit.ops.select import ensure_count, ensure_progress
 from dllm_toolkit.registry import register
 from dllm_toolkit.state import Answer, Region, State
+from dllm_toolkit.types import Canvas
 
 if TYPE_CHECKING:
     from dllm_toolkit.engine import Engine
@@ -42,6 +43,7 @@ class BlockDecoder(Decoder):
     stop: Stop = field(default_factory=AtEos)
 
     def init(self, state: State) -> State:
+        _ = self.looks_back, self.wants_answer  # known before a step is compiled: looking for them takes a lock
         return state.with_part(
             schedule=self.schedule.init(state),
             propose=self.propose.init(state),
@@ -73,10 +75,18 @@ class BlockDecoder(Decoder):
             region = replace(region, read=region.read | (state.masked & state.inside & region.visible))
         return region
 
-    def step(self, engine: Engine, state: State) -> State:
+    def look(self, state: State) -> tuple[Region, Canvas | None]:
+        """The region of the coming step, and the positions that are asked anew."""
         region = self.region(state)
-        answer = engine.ask(state, region, self.revise.shadows(region, state))
-        return engine.unit(self.decide)(answer, region, state)
+        return region, self.revise.shadows(region, state)
+
+    def step(self, engine: Engine, state: State) -> State:
+        state = engine.hold(state)
+        region, shadows = engine.unit(self.look, borrow=True, light=True)(state)
+        answer = engine.ask(state, region, shadows, borrow=True)
+        if engine.over:
+            return state
+        return engine.unit(self.decide, borrow=True)(answer, region, state)
 
     def decide(self, answer: Answer, region: Region, state: State) -> State:
         proposal = self.propose(answer, state)

@@ -87,6 +87,7 @@ class D2Cache(Wrapper):
     known positions which are computed hold.
     """
 
+    reads_host = True
     cite = ("2509.23094",)
 
     def __init__(self, model: Model, candidates: int = 32, sigma: float = 10.0, share: float = 0.1) -> None:

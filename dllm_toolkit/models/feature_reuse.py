@@ -89,6 +89,7 @@ class FeatureReuse(Wrapper):
     share of the answer, rounded down, that the forwards in between compute.
     """
 
+    reads_host = True
     cite = ("2506.06295",)
 
     def __init__(self, model: Model, prompt_interval: int = 50, response_interval: int = 7, ratio: float = 0.25) -> None:

@@ -108,7 +108,8 @@ def _write_shards(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.d
     files = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        # A copy of each: maps that share one product are views of one tensor, which safetensors refuses.
+        part = {name: tensors[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
         save_file(part, str(directory / file), metadata={"format": "pt"})
         files.update(dict.fromkeys(names, file))
     _remove_leftovers(directory, set(files.values()))

@@ -7,11 +7,12 @@ data in `TransformerConfig`. Numerics follow the originals: RMS statistics and r
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,18 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dllm_toolkit.cache.buffer import KVBuffer
+from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Query
+from dllm_toolkit.models.fused import fused, together
+from dllm_toolkit.ops import attention
 from dllm_toolkit.registry import register
 from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from dllm_toolkit.models.pieces import Pieces
     from dllm_toolkit.models.save import Origin
 
 
@@ -183,7 +187,9 @@ Mix = Callable[[Tensor, Tensor, Tensor, Lanes], Tensor]
 def dense(
     q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
 ) -> Float[Tensor, "B H W D"]:
-    """Scaled dot product attention by torch's fastest kernel, H query heads on G key heads."""
+    """Scaled dot product attention by the fastest way there is, H query heads on G key heads."""
+    if attention.few_lanes(q, lanes.allow):
+        return attention.products(q, k, v, lanes.allow)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=lanes.allow, is_causal=lanes.causal, enable_gqa=grouped)
 
@@ -191,9 +197,13 @@ def dense(
 class Layer(nn.Module):
     """Attention and SwiGLU, both pre-norm and residual: x + attend(x), then x + transform(x)."""
 
+    fused_attention: nn.Module | None
+    fused_transform: nn.Module | None
+
     def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         assert config.kv_heads is not None and config.head_dim is not None
+        self.part()
         self.index, self.heads, self.kv_heads, self.head_dim = index, config.heads, config.kv_heads, config.head_dim
         width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = RMSNorm(width, config.norm_eps)
@@ -213,17 +223,18 @@ class Layer(nn.Module):
         return x + self.transform(x)
 
     def attend(
-        self, x: Float[Tensor, "B W width"], lanes: Lanes, kv: KVBuffer | None, mix: Mix = dense
+        self, x: Float[Tensor, "B W width"], lanes: Lanes, kv: KVBuffer | LayerBuffer | None, mix: Mix = dense
     ) -> Float[Tensor, "B W width"]:
         """What attention adds to the stream. The lanes' keys and values go into `kv` first, when one is given."""
         rows, width, _ = x.shape
-        normed = self.attention_norm(x)
-        q = rotate(self.q_norm(self.q_proj(normed).view(rows, width, self.heads, self.head_dim)), lanes.cos, lanes.sin)
-        k = rotate(self.k_norm(self.k_proj(normed).view(rows, width, self.kv_heads, self.head_dim)), lanes.cos, lanes.sin)
-        v = self.v_proj(normed).view(rows, width, self.kv_heads, self.head_dim)
+        queries, keys, values = together(self.attention_norm(x), self.fused_attention, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(self.q_norm(queries.reshape(rows, width, self.heads, self.head_dim)), lanes.cos, lanes.sin)
+        k = rotate(self.k_norm(keys.reshape(rows, width, self.kv_heads, self.head_dim)), lanes.cos, lanes.sin)
+        v = values.reshape(rows, width, self.kv_heads, self.head_dim)
         if kv is not None:
             assert lanes.index is not None
-            k, v = kv.write(self.index, lanes.index, k, v)  # [B, S, H, D]
+            store = kv.layer(self.index) if isinstance(kv, KVBuffer) else kv
+            k, v = store.write(lanes.index, k, v)  # [B, S, H, D]
         mixed = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lanes)
         return self.o_proj(rearrange(mixed, "b h w d -> b w (h d)"))
 
@@ -233,8 +244,33 @@ class Layer(nn.Module):
 
     def transform(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W width"]:
         """What the feed-forward network adds to the stream."""
-        normed = self.mlp_norm(x)
-        return self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        gate, up = together(self.mlp_norm(x), self.fused_transform, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
+
+    def fuse(self) -> None:
+        """Let maps that read the same input share one product where nobody wants gradients. They keep their names and their values."""
+        if self.fused_attention is None:
+            object.__setattr__(self, "fused_attention", fused((self.q_proj, self.k_proj, self.v_proj)))
+        if self.fused_transform is None:
+            object.__setattr__(self, "fused_transform", fused((self.gate_proj, self.up_proj)))
+
+    def part(self) -> None:
+        """Forget the shared products: the maps are no longer what they were made of."""
+        object.__setattr__(self, "fused_attention", None)  # not a submodule: its weights are those of the maps
+        object.__setattr__(self, "fused_transform", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name.endswith("_proj"):  # an adapter, or 8 bits, in the place of a map
+            self.part()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy's maps have weights of their own
+        return {**self.__dict__, "fused_attention": None, "fused_transform": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        self.part()
+        super()._apply(fn, recurse)
+        return self
 
 
 class Transformer(nn.Module):
@@ -248,6 +284,7 @@ class Transformer(nn.Module):
         assert config.head_dim is not None
         self.config = config
         self.tokenizer: PreTrainedTokenizerFast | None = None
+        self._pieces: Pieces | None = None
         self.origin: Origin | None = None  # the checkpoint it came from, for saving under the original names
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
@@ -349,10 +386,29 @@ class Transformer(nn.Module):
 
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]:
         """Logits of the read slots. Writes the lanes' keys and values into `kv` when one is given."""
+        if self._pieces is not None and kv is not None and not torch.is_grad_enabled():
+            return self._pieces(self, query, kv)
         x, lanes = self.enter(query), self.lanes(query, kv)
         for layer in self.layers:
             x = layer(x, lanes, kv)
         return self.leave(x, query, kv)
+
+    def fuse(self) -> None:
+        """Let maps that read the same input share one product in forwards without gradients (see fused.py)."""
+        for layer in cast("list[Layer]", self.layers):
+            layer.fuse()
+
+    def __getstate__(self) -> dict[str, Any]:  # recorded graphs read the weights of this very model
+        return {name: value for name, value in self.__dict__.items() if name != "_workspaces"}
+
+    @contextlib.contextmanager
+    def in_pieces(self, pieces: Pieces) -> Iterator[None]:
+        """Forwards without gradients go through compiled pieces meanwhile, also those that a wrapper asks for."""
+        before, self._pieces = self._pieces, pieces
+        try:
+            yield
+        finally:
+            self._pieces = before
 
     def enter(self, query: Query) -> Float[Tensor, "B W width"]:
         """What the first layer sees: the lanes' embeddings, and what the query adds to them."""

@@ -14,7 +14,7 @@ The last two are inexact by declaration: their answers are those of the model on
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,12 @@ from dllm_toolkit.types import ModelSpec
 
 
 class Wrapper(nn.Module, abc.ABC):
-    """A model around `model`; says of itself what that one says."""
+    """A model around `model`; says of itself what that one says.
+
+    reads_host: a forward reads a tensor on the host (`read_widths`), so it cannot be recorded as one graph.
+    """
+
+    reads_host: ClassVar[bool] = False
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -55,6 +60,9 @@ class Wrapper(nn.Module, abc.ABC):
         inner = getattr(self.model, "computed", None)
         return None if inner is None else inner(kv)
 
+    def __getstate__(self) -> dict[str, Any]:  # recorded graphs read the weights of this very model
+        return {name: value for name, value in self.__dict__.items() if name != "_workspaces"}
+
     @abc.abstractmethod
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]: ...
 
@@ -65,6 +73,16 @@ def core(model: Model) -> Transformer:
     while isinstance(inner, Wrapper):
         inner = inner.model
     return bare(inner, "a wrapper that looks into its model")
+
+
+def recordable(model: Model) -> Transformer | None:
+    """The transformer inside, if a forward of `model` runs without the host: it can be recorded and replayed. None otherwise."""
+    inner: Any = model
+    while isinstance(inner, Wrapper):
+        if inner.reads_host:
+            return None
+        inner = inner.model
+    return inner if isinstance(inner, Transformer) else None
 
 
 def bare(model: Model, who: str) -> Transformer:

@@ -19,6 +19,10 @@ def pack(wanted: Bool[Tensor, "B L"], width: int) -> Int[Tensor, "B W"]:
     """Positions of the first `width` wanted entries of each row, in order; the rest of the row is L (dead lanes)."""
     rows, length = wanted.shape
     rank = wanted.cumsum(1)  # 1-based place of each wanted position
+    if torch.compiler.is_compiling() and wanted.is_cuda:
+        # How many positions come before the one of that place: a reduction that is fused, where a scatter would be a launch of its own.
+        places = torch.arange(1, width + 1, device=wanted.device)
+        return (rank.unsqueeze(1) < places.unsqueeze(1)).sum(2)
     place = torch.where(wanted & (rank <= width), rank - 1, width)
     positions = torch.arange(length, device=wanted.device).expand(rows, length)
     caught = torch.full((rows, width + 1), length, device=wanted.device).scatter(1, place, positions)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dllm_toolkit.errors import ToolkitError
@@ -27,12 +28,17 @@ class LoraError(ToolkitError):
 
 @dataclass(frozen=True)
 class Lora:
-    """Rank, scale (alpha / rank), dropout, and the names of the linear modules to adapt (last part of their path)."""
+    """Rank, scale (alpha / rank), dropout, and the names of the linear modules to adapt (last part of their path).
+
+    frozen: precision of the weights that are not trained, teacher's and student's; 8B weights are 32 GB in float32 and 16 in bfloat16.
+    The adapter is float32 in either case: its updates are below what bfloat16 can add.
+    """
 
     rank: int = 32
     alpha: float = 32
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    frozen: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -48,6 +54,7 @@ class Lora:
 def inject(model: Transformer, lora: Lora, base: str = "") -> Transformer:
     """Freeze `model`, add adapters to the linear modules named by `lora.targets`, and return it. Changes in place.
 
+    The adapters are float32, or wider where the model is; the model's own weights stay in the precision that they have.
     `base`: path or name of the frozen checkpoint, for adapter_config.json. Raises LoraError for a target that matches no linear module.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -70,6 +77,9 @@ def inject(model: Transformer, lora: Lora, base: str = "") -> Transformer:
         inference_mode=False,
     )
     inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     model._lora = config  # type: ignore[assignment]  # read back by save_adapter
     return model
 

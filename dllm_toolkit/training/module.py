@@ -60,6 +60,7 @@ class DiffusionModule(pl.LightningModule):
         self.last_loss: Tensor | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
+        self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
         self._started: float | None = None
         self._validation_losses: list[Tensor] = []
         # Eager for validation, whose no_grad and eval would be more graphs.
@@ -117,6 +118,12 @@ class DiffusionModule(pl.LightningModule):
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
+        whole = self.gradient_norm.isfinite()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = torch.where(whole, parameter.grad, 0.0)
+        self.skipped = (~whole).long() if self.skipped is None else self.skipped + (~whole).long()
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)

@@ -2,7 +2,7 @@
 
 An objective is two steps. `corrupt` is random and cheap (a `View`: what the model sees, which positions count and how much);
 `loss` is deterministic and expensive, one graph for torch.compile. Everything is weights on a dense [B, L] grid, never boolean
-indexing, so no step waits for the device.
+indexing, so no step waits for the device; D2F waits once, for the number of rows whose logits it needs (training/forward.py).
 
     MaskedDiffusion   CE at masked positions under full attention          LLaDA, arXiv 2502.09992
     Autoregressive    CE of every answer token given the ones before
@@ -14,13 +14,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm_toolkit.errors import ToolkitError
@@ -28,6 +28,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops.masks import answer_blocks, block_causal
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
+from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
@@ -38,12 +39,14 @@ class ObjectiveError(ToolkitError):
 
 
 class View(NamedTuple):
-    """What the model is shown and what counts. `teacher`: logits of the frozen teacher, for distillation."""
+    """What the model is shown and what counts. For distillation: `rows`, flat positions that the loss asks for (row * L + position), and
+    `teacher`, what the frozen teacher's LM head is asked there."""
 
     tokens: Int[Tensor, "B L"]
     masked: Bool[Tensor, "B L"]
     weight: Float[Tensor, "B L"]
-    teacher: Float[Tensor, "B L V"] | None = None
+    rows: Int[Tensor, "N"] | None = None
+    teacher: Float[Tensor, "N D"] | None = None
 
 
 class Loss(NamedTuple):
@@ -265,6 +268,7 @@ class D2FDistillation(Objective):
 
     The defaults are the official code (D2F-train/utils/loss.py at 771f745): forward KL, 1/t weights, mean over masked tokens, EOS padding
     kept. The paper's Eq. 3 is `divergence: reverse_kl`, `weighted: false`. `self_align: false` replaces the teacher by the true tokens.
+    `forward`: how both passes are computed (training/forward.py); it does not change the loss.
     """
 
     block_length: int = 16
@@ -274,6 +278,7 @@ class D2FDistillation(Objective):
     self_align: bool = True
     temperature: float = 1.0
     normaliser: Normaliser = "masked_count"
+    forward: Forward = field(default_factory=Forward)
 
     def __post_init__(self) -> None:
         if self.noise is None:
@@ -309,31 +314,55 @@ class D2FDistillation(Objective):
             weight = (weight > 0).to(weight.dtype)
         return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
 
+    def compiled(self) -> D2FDistillation:
+        """One layer and one chunk of the loss are compiled: the same graphs serve every layer, teacher, and number of masks."""
+        return replace(self, forward=replace(self.forward, compile=True))
+
     def teach(self, model: Transformer, batch: Batch, view: View) -> View:
-        return view._replace(teacher=model.logits(view.tokens, full_allow(batch)))
+        rows = self._rows(model, view)
+        hidden = self.forward.hidden(model, view.tokens, full_blocks(batch))
+        return view._replace(rows=rows, teacher=self.forward.at(model, hidden, rows))
 
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
-        logits = model.logits(view.tokens, block_causal_allow(batch, self.block_length))
-        supervised = view.weight > 0
-        metrics = {"masked_accuracy": _accuracy(logits, batch.tokens, supervised)}
-        if not self.self_align:
-            values = cross_entropy(logits, batch.tokens)
+        rows = self._rows(model, view)
+        hidden = self.forward.hidden(model, view.tokens, student_blocks(batch, self.block_length))
+        asked = self.forward.at(model, hidden, rows)
+        if self.self_align:
+            assert view.teacher is not None, "teach was not called"
+            found = self.forward.divergence(model, asked, view.teacher, self.divergence, self.temperature)
         else:
-            assert view.teacher is not None
-            values = self.divergence_of(logits, view.teacher)
+            found = self.forward.cross_entropy(model, asked, batch.tokens.flatten()[rows])
+
+        def spread(values: Shaped[Tensor, "N"]) -> Shaped[Tensor, "B L"]:
+            """From the rows back to the grid: 0 where nothing was asked."""
+            grid = torch.zeros(batch.tokens.numel(), dtype=values.dtype, device=values.device)
+            return grid.scatter(0, rows, values).view(batch.tokens.shape)
+
+        supervised = view.weight > 0
+        share = supervised.sum().clamp(min=1)
+        metrics = {"masked_accuracy": ((spread(found.guess) == batch.tokens) & supervised).sum() / share}
+        if self.self_align:
+            assert found.teacher_guess is not None and found.entropy is not None
             if self.divergence == "forward_kl":
                 # The loss contains the teacher's entropy, which nothing can remove; people want to see what is left.
-                floor = soft_cross_entropy(view.teacher, view.teacher, self.temperature)
-                left = (values - floor).detach()
+                left = spread(found.value.detach() - found.entropy)
                 metrics["kl"] = normalise(left, view.weight, batch.answer, self.normaliser)
-            agree = (logits.detach().argmax(-1) == view.teacher.argmax(-1)) & supervised
-            metrics["teacher_agreement"] = agree.sum() / supervised.sum().clamp(min=1)
-        return Loss(normalise(values, view.weight, batch.answer, self.normaliser), metrics)
+            metrics["teacher_agreement"] = (spread(found.guess == found.teacher_guess) & supervised).sum() / share
+        return Loss(normalise(spread(found.value), view.weight, batch.answer, self.normaliser), metrics)
 
-    def divergence_of(self, student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"]) -> Float[Tensor, "B L"]:
-        """The chosen divergence at every position (forward KL up to the teacher's entropy)."""
-        rule = soft_cross_entropy if self.divergence == "forward_kl" else reverse_kl
-        return rule(student, teacher, self.temperature)
+    def _rows(self, model: Transformer, view: View) -> Int[Tensor, "N"]:
+        return self.forward.rows(model, view.weight > 0) if view.rows is None else view.rows
+
+
+def full_blocks(batch: Batch) -> Int[Tensor, "B L"]:
+    """Everybody sees prompt and answer (block 0); the padding behind the answer is block 1, which only itself sees."""
+    return (~batch.inside).long()
+
+
+def student_blocks(batch: Batch, block_length: int) -> Int[Tensor, "B L"]:
+    """D2F's student: prompt 0, answer 1, 2, ... for each `block_length` positions, and the padding as a last block."""
+    length = batch.tokens.shape[1]
+    return answer_blocks(batch.prompt_length, length, block_length).masked_fill(~batch.inside, length + 1)
 
 
 def full_allow(batch: Batch) -> Bool[Tensor, "B L L"]:
@@ -351,6 +380,4 @@ def block_causal_allow(batch: Batch, block_length: int) -> Bool[Tensor, "B L L"]
     2   x x   x x   x x   .
     .   x x   x x   x x   x      padding: no row of the softmax is empty
     """
-    length = batch.tokens.shape[1]
-    block = answer_blocks(batch.prompt_length, length, block_length)
-    return block_causal(block.masked_fill(~batch.inside, length + 1))
+    return block_causal(student_blocks(batch, block_length))

@@ -26,7 +26,7 @@ from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.export import export, write_card
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.module import DiffusionModule
-from dllm_toolkit.training.objectives import Objective
+from dllm_toolkit.training.objectives import D2FDistillation, Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
 
 
@@ -110,6 +110,16 @@ class TrainRecipe:
             raise TrainError(
                 f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
                 "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
+            )
+        if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
+            raise TrainError(
+                f"the LM head must be the same for teacher and student, got lora.targets {list(self.lora.targets)}. The loss compares "
+                "hidden states under one head. Write lora.targets without lm_head."
+            )
+        if self.lora is not None and self.lora.frozen != "float32" and self.trainer.precision == "64-true":
+            raise TrainError(
+                f"precision 64-true widens all weights, got lora.frozen {self.lora.frozen!r}. They would not stay so. "
+                "Write precision: bf16-mixed, or frozen: float32."
             )
         self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
@@ -240,7 +250,8 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             f"the data has {len(built.data.tokenizer())} token ids, got a model with {model.spec.vocab_size}. "
             "Every id needs a row of the embedding. Use a model made for this tokenizer."
         )
-    model.float().train().requires_grad_(True)  # loaded models come frozen, for decoding
+    frozen = torch.float32 if built.lora is None else getattr(torch, built.lora.frozen)
+    model.to(frozen).train().requires_grad_(True)  # loaded models come frozen, for decoding
     rule = built.objective.decodes()
     if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
         model.with_attention(*rule)

@@ -73,3 +73,12 @@ def test_decode_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert plain["tokens_per_forward_of_a_row"] == refilled["tokens_per_forward_of_a_row"] and plain["requests"] == 8
     assert set(result["long"]) == {"d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal"}
     assert all("failed" not in one for one in (*result["long"].values(), *result["batch"]))
+
+
+def test_train_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("official", "dense + layers", "needed logits", "compiled + selective", "4x rows")
+    result = run("train_speed", capsys, monkeypatch, "--tiny", "--peak", "1e9", "--only", *names)
+    assert list(result["lines"]) == list(names)
+    *same, more = result["lines"].values()
+    assert len({row["loss"] for row in same}) == 1 and all(row["mfu"] > 0 for row in same)
+    assert more["rows"] == 4 * same[0]["rows"] and result["lines"]["official"]["speed_up"] == 1.0

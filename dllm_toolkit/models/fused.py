@@ -1,0 +1,65 @@
+"""Linear maps that read the same input, as one product: q, k and v; gate and up.
+
+One wide product reads the weights faster than several narrow ones and starts fewer kernels. The maps keep their names: their weights
+become views of one tensor, so checkpoints, adapters and optimisers see what they always saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dllm_toolkit.models.eight_bit import QuantisedLinear
+
+
+def fused(maps: Sequence[nn.Module]) -> nn.Module | None:
+    """One map for several, or None where they do not fit: an adapter in the place of one, or a bias beside one that has none.
+
+    Changes where the weights of `maps` lie, not what they are.
+    """
+    if all(type(one) is QuantisedLinear for one in maps):
+        return _fused_bits([one for one in maps if isinstance(one, QuantisedLinear)])
+    linear = [one for one in maps if type(one) is nn.Linear]
+    if len(linear) != len(maps) or len({one.bias is None for one in linear}) != 1 or len({one.weight.requires_grad for one in linear}) != 1:
+        return None
+    with torch.no_grad():
+        weight = _laid_out([one.weight for one in linear])
+        whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        whole.weight = nn.Parameter(weight, requires_grad=False)
+        biases = [one.bias for one in linear if one.bias is not None]
+        whole.bias = nn.Parameter(_laid_out(biases), requires_grad=False) if biases else None
+    return whole
+
+
+def _fused_bits(maps: Sequence[QuantisedLinear]) -> QuantisedLinear | None:
+    if len({(one.format, one.kernel, one.bias is None) for one in maps}) != 1:
+        return None
+    whole = QuantisedLinear.fused(maps, maps[0].format, maps[0].kernel)
+    first = 0
+    for one in maps:
+        last = first + one.out_features
+        one.bits, one.scale = whole.bits[first:last], whole.scale[first:last]
+        if whole.bias is not None:
+            one.bias = whole.bias[first:last]
+        first = last
+    return whole
+
+
+def _laid_out(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one behind the other; each becomes a view of its part."""
+    whole = torch.cat([one.detach() for one in tensors])
+    first = 0
+    for one in tensors:
+        one.data = whole[first : first + one.shape[0]]
+        first += one.shape[0]
+    return whole
+
+
+def together(x: Tensor, whole: nn.Module | None, *maps: nn.Module) -> tuple[Tensor, ...]:
+    """What each map says of x [..., K]: by one product where there is one and nobody wants gradients."""
+    if whole is None or torch.is_grad_enabled():
+        return tuple(one(x) for one in maps)
+    widths = [int(one.out_features) for one in maps]  # type: ignore[arg-type]
+    return tuple(whole(x).split(widths, dim=-1))
