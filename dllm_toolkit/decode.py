@@ -22,7 +22,7 @@ from torch import Tensor
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decoders.base import DecodeError, Decoder, check, extra_steps
-from dllm_toolkit.engine import Asked, Engine
+from dllm_toolkit.engine import Asked, Engine, canvas_length
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.ops import trees
 from dllm_toolkit.state import State, begin_state
@@ -196,7 +196,7 @@ def start(
     seeds = row_seeds(seed, len(prompts))
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     if compile:
-        length = -(-length // 64) * 64  # few canvas lengths, few graphs
+        length = canvas_length(length, _device(model))
     rows = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     # In inference mode like every later state: a compiled step would otherwise be compiled twice, once for the first state alone.
     with torch.inference_mode():

@@ -36,9 +36,9 @@ from dllm_toolkit.models.pieces import Pieces
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.models.wrapper import recordable
 from dllm_toolkit.ops import lanes, trees
-from dllm_toolkit.rounds import Look, Memory
+from dllm_toolkit.rounds import Look, Memory, Part
 from dllm_toolkit.state import Answer, Region, Shadow, State
-from dllm_toolkit.types import Canvas, PyTree, Rows, Tokens
+from dllm_toolkit.types import Canvas, ModelSpec, PyTree, Rows, Tokens
 
 Form = Literal["rows", "lanes"]
 
@@ -161,10 +161,7 @@ class Engine:
         self.over = counts[-1] == 0
         if self.over:
             return self._nothing(state, shadows is not None)
-        if plain:
-            answer = self._plain(state, region, seen, *self._widths(counts[0], counts[1], state.tokens.shape[1]))
-        else:
-            answer = self._spread(state, region, seen, counts)
+        answer = (self._plain if plain else self._spread)(state, region, seen, counts)
         if self.branches > 1:
             self._waiting = True
         if self._pool.kind is not None and not (borrow and self.listen is None):
@@ -255,33 +252,51 @@ class Engine:
 
         return after
 
-    def _plain(self, state: State, region: Region, seen: Look, width: int, reads: int) -> Answer:
+    def _plain(self, state: State, region: Region, seen: Look, counts: list[int]) -> Answer:
         """A forward in which every lane has the slot of its position."""
-        kv, slots = self.kv, self.kv.slots
-
-        def prepare(state: State, region: Region, seen: Look) -> tuple[Query, Tensor]:
-            return rounds.prepare(width, reads, slots, state, region, seen)
-
-        after = self._after()
+        spec, kv = state.spec, self.kv
+        slots = kv.slots
+        width, reads = self._widths(counts[0], counts[1], state.tokens.shape[1])
         if self._pool.kind is None or self._core is None:
-            query, where = self._run(("prepare", width, reads), prepare, state, region, seen)
+
+            def direct(state: State, region: Region, seen: Look) -> tuple[Query, Tensor]:
+                return rounds.prepare(spec, width, reads, slots, Part.of(state, region, seen))
+
+            query, where = self._run(("prepare", width, reads), direct, state, region, seen)
             answer = Answer(self._forward(query, kv), where)
-            self._memory = self._pool.hold(self._run("after", after, state, region, seen, self._memory))
+            self._memory = self._pool.hold(self._run("after", self._after(), state, region, seen, self._memory))
             return answer
-        name = ("forward", width, reads)
+        alone: list[tuple[int, Tensor]] = []
+        left: Part | None = None
+        if len(counts) > 4 and self._core is self.model:
+            width, apart = rounds.widths_of(counts[2:-1], self.widths)
+            if apart:
+                part = Part.of(state, region, seen)
+                alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec)) for row in apart]
+                left = part.without(apart)
+        name = ("forward", width, reads) if left is None else ("forward", width, reads, "rest")
         unit = self._space.units.get(name)
         if unit is None:
-            prepare, after = (torch.compile(one, fullgraph=True, dynamic=False) for one in (prepare, after))
+            prepare, after = torch.compile(rounds.prepare, fullgraph=True, dynamic=False), self._after()
+            after, run = torch.compile(after, fullgraph=True, dynamic=False), self._forward
 
-            def forward(state: State, region: Region, seen: Look, memory: Memory) -> Answer:
-                query, where = prepare(state, region, seen)
-                logits = self_forward(query, kv)
+            def forward(state: State, region: Region, seen: Look, memory: Memory, left: Part | None) -> Answer:
+                query, where = prepare(spec, width, reads, slots, Part.of(state, region, seen) if left is None else left)
+                logits = run(query, kv)
                 copy_all(zip(leaves(memory), leaves(after(state, region, seen, memory)), strict=True))
                 return Answer(logits, where)
 
-            self_forward = self._forward
             unit = self._space.unit(name, forward, compiled=False)
-        return unit(state, region, seen, self._memory)
+        answer = unit(state, region, seen, self._memory, left)
+        for row, logits in alone:
+            answer.logits[row].copy_(logits[0])
+        return answer
+
+    def _alone(self, part: Part, count: int, reads: int, row: int, spec: ModelSpec) -> Tensor:
+        """A forward of one row, which alone would make the others' wide. Not recorded: that many lanes hide the launches."""
+        kv = self.kv
+        query, _ = rounds.prepare(spec, self._widths(count, 0, part.tokens.shape[1])[0], reads, kv.slots, part)
+        return self._forward(query, kv.row(row))
 
     def _spread(self, state: State, region: Region, seen: Look, counts: list[int]) -> Answer:
         """A forward over several canvases of a row, or over a canvas and its shadows."""
@@ -373,9 +388,18 @@ def _bucket(count: int) -> int:
 
 
 def buckets(length: int) -> tuple[int, ...]:
-    """A handful of lane widths, so that compiled forwards come in few shapes: 16, 32, 64, ... and the canvas itself."""
-    widths, width = [], 16
+    """A handful of lane widths, so that compiled forwards come in few shapes: 16, 32, 64, 96, 128, 192, 256, ... and the canvas itself."""
+    widths, width = [16, 32], 64
     while width < length:
-        widths.append(width)
+        widths += [width, width + width // 2]
         width *= 2
-    return (*widths, length)
+    return (*(one for one in widths if one < length), length)
+
+
+def canvas_length(length: int, device: torch.device) -> int:
+    """The length of a canvas in compiled decoding: few lengths, few graphs.
+
+    On a GPU they are far apart. What a longer canvas costs there is a little attention, and a new length is half a minute of compiling.
+    """
+    step = 256 if device.type == "cuda" and length > 128 else 128 if device.type == "cuda" else 64
+    return -(-length // step) * step

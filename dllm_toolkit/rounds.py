@@ -9,6 +9,7 @@ Each runs eagerly, compiled, or as part of a recorded graph (engine.py); none re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from dllm_toolkit.cache.base import Cache, Plan
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.ops import lanes, masks
 from dllm_toolkit.state import Region, State
-from dllm_toolkit.types import Canvas, PyTree, Tokens
+from dllm_toolkit.types import Canvas, ModelSpec, PyTree, Tokens
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Memory:
 
 
 class Look(NamedTuple):
-    """What the coming forward is about. counts: the sizes that the host must know, the number of unfinished rows last."""
+    """What the coming forward is about. counts: what the host must know, the number of unfinished rows last.
+
+    With one canvas a row: the most lanes and reads of a row, then the lanes of each row. Otherwise see `sheets.Needed.counts`.
+    """
 
     plan: Plan
     dirty: Canvas
@@ -57,34 +61,89 @@ def look(cache: Cache, count: int, plain: bool, state: State, region: Region, sh
     wanted = region.read & alive
     asked = None if shadows is None else shadows & plan.visible & alive
     if plain:
-        counts = torch.stack((plan.compute.sum(1).amax(), wanted.sum(1).amax(), (~state.done).sum()))
+        each, most = plan.compute.sum(1), wanted.sum(1).amax()
+        counts = torch.cat((torch.stack((each.amax(), most)), each, (~state.done).sum().unsqueeze(0)))
     else:
         counts = sheets.Needed(plan.visible, plan.compute, wanted, asked, state.done, count).counts()
     return Look(plan, dirty, wanted, asked, counts)
 
 
-def prepare(width: int, reads: int, slots: int, state: State, region: Region, seen: Look) -> tuple[Query, Int[Tensor, "B R"]]:
+class Part(NamedTuple):
+    """What a query is made of; of all rows, or of one.
+
+    compute, visible, wanted: positions that are run, seen and read; block: of every position; begin: of the answer.
+    """
+
+    compute: Canvas
+    visible: Canvas
+    wanted: Canvas
+    tokens: Tokens
+    block: Tokens
+    begin: Int[Tensor, "B"]
+
+    @classmethod
+    def of(cls, state: State, region: Region, seen: Look) -> Part:
+        return cls(seen.plan.compute, seen.plan.visible, seen.wanted, state.tokens, region.block, state.begin)
+
+    def row(self, row: int) -> Part:
+        return Part(*(one[row : row + 1] for one in self))
+
+    def without(self, rows: Sequence[int]) -> Part:
+        """The same, but nothing of these rows is computed."""
+        compute = self.compute.clone()
+        for row in rows:
+            compute[row] = False
+        return self._replace(compute=compute)
+
+
+def prepare(spec: ModelSpec, width: int, reads: int, slots: int, part: Part) -> tuple[Query, Int[Tensor, "B R"]]:
     """The query of a forward in which every lane has the slot of its position, and the positions that are read.
 
     slots: of a row of the buffer; the last one is the trash slot, those between it and the canvas are never used.
     """
-    length, spec, trash = state.tokens.shape[1], state.spec, slots - 1
-    positions = lanes.pack(seen.plan.compute, width)  # [B, W]
-    where = lanes.pack(seen.wanted, reads)  # [B, R]
+    length, trash = part.tokens.shape[1], slots - 1
+    positions = lanes.pack(part.compute, width)  # [B, W]
+    where = lanes.pack(part.wanted, reads)  # [B, R]
     dead: Bool[Tensor, "B W 1"] = (positions == length).unsqueeze(2)
-    allow = masks.lanes_allow(spec.attention, seen.plan.visible, region.block, positions) & ~dead
+    allow = masks.lanes_allow(spec.attention, part.visible, part.block, positions) & ~dead
     # A dead lane sees the trash slot only: its softmax stays finite and it learns nothing of the row.
     unused = torch.zeros_like(dead).expand(-1, -1, trash - length)
     allow = torch.cat((allow, unused, dead), dim=2)  # [B, W, S]
     query = Query(
-        tokens=lanes.to_lanes(state.tokens, positions, spec.pad_id),
-        positions=positions.clamp(max=length - 1),
+        tokens=lanes.to_lanes(part.tokens, positions, spec.pad_id),
+        positions=positions.masked_fill(positions == length, 0),  # a padded canvas may be longer than the model's positions
         slots=torch.where(positions < length, positions, trash),
         allow=allow,
         read=sheets.source(where, spec.shift, length),
-        prompt=positions < state.begin.unsqueeze(1),
+        prompt=positions < part.begin.unsqueeze(1),
     )
     return query, where
+
+
+LANES_OF_A_FLOOR = 256
+"""Forwards of fewer lanes take no less time: they wait for the weights. Hardware of 2022 to 2025: some 200 to 300 operations a byte."""
+
+
+def widths_of(counts: Sequence[int], widths: Sequence[int]) -> tuple[int, list[int]]:
+    """The width of a forward of all rows, and the rows that get a forward of their own before it, because they alone would widen it.
+
+    The cheapest choice, if a forward costs its lanes, dead ones included, and no less than `LANES_OF_A_FLOOR`.
+    """
+
+    def cost(lanes: int) -> int:
+        return max(lanes, LANES_OF_A_FLOOR)
+
+    def fitting(count: int) -> int:
+        return next(width for width in widths if width >= count)
+
+    most = fitting(max(counts))
+    best, chosen, apart = cost(len(counts) * most), most, list[int]()
+    for width in widths:
+        wide = [row for row, count in enumerate(counts) if count > width]
+        total = cost(len(counts) * width) + sum(cost(fitting(counts[row])) for row in wide)
+        if width < most and len(wide) < len(counts) and total < best:
+            best, chosen, apart = total, width, wide
+    return chosen, apart
 
 
 def after(cache: Cache, branches: int, state: State, region: Region, seen: Look, memory: Memory) -> Memory:

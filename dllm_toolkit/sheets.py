@@ -120,7 +120,7 @@ def lay_out(state: State, region: Region, needed: Needed, *, slots: int, width: 
     place = torch.where(dead.squeeze(2), sheets * length, lane.index % (sheets * length))
     query = Query(
         tokens=canvas.gather(1, place).masked_fill(lane.shadow, spec.mask_id),
-        positions=lane.positions.clamp(max=length - 1),
+        positions=lane.positions.masked_fill(lane.positions == length, 0),
         slots=slot,
         allow=allow,
         read=wanted,

@@ -32,7 +32,7 @@ from dllm_toolkit.decode import (
     row_seeds,
 )
 from dllm_toolkit.decoders.base import DecodeError, Decoder, check
-from dllm_toolkit.engine import Engine
+from dllm_toolkit.engine import Engine, canvas_length
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.ops import trees
 from dllm_toolkit.registry import name_of
@@ -155,7 +155,7 @@ def stream(
     ]
     length = max(len(one.prompt) + len(one.template) for one in requests)
     if compile:
-        length = -(-length // 64) * 64  # few canvas lengths, few graphs
+        length = canvas_length(length, _device(model))
     with torch.inference_mode():
         state = _first(decoder, requests[: min(rows, len(requests))], length, model)
         engine = engine_of(model, decoder, cache, state, max(lengths), compile)

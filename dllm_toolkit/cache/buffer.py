@@ -73,6 +73,14 @@ class KVBuffer(nn.Module):
         """Slots of each row as indices into the flattened [B * S] buffers."""
         return (slots + self.base).flatten()
 
+    def row(self, row: int) -> KVBuffer:
+        """One row, in the same memory. Without notes."""
+        one = KVBuffer(1, 0, layers=1, kv_heads=1, head_dim=1, hidden_width=None, dtype=self.keys.dtype, device=self.keys.device)
+        one.slots = self.slots
+        one.keys, one.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        one.hidden = None if self.hidden is None else self.hidden[row : row + 1]
+        return one
+
     def layer(self, layer: int) -> LayerBuffer:
         """One layer's keys and values."""
         flat = self.rows * self.slots

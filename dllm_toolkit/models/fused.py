@@ -29,7 +29,8 @@ def fused(maps: Sequence[nn.Module]) -> nn.Module | None:
         whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         whole.weight = nn.Parameter(weight, requires_grad=False)
         biases = [one.bias for one in linear if one.bias is not None]
-        whole.bias = nn.Parameter(_laid_out(biases), requires_grad=False) if biases else None
+        if biases:
+            whole.bias = nn.Parameter(_laid_out(biases), requires_grad=False)
     return whole
 
 

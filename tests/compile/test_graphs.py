@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_toolkit import graphs
+from dllm_toolkit import graphs, rounds
+from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache
 from dllm_toolkit.decode import Output, decode
 from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.testing import cases, contract
+from dllm_toolkit.testing.models import tiny_transformer
 from dllm_toolkit.testing.record import unequal
 
 ACCOUNT = ("nfe", "lanes", "steps", "commits", "forced", "edits", "computed")
@@ -65,3 +67,27 @@ def test_copies_happen_as_if_at_once() -> None:
     first, second = torch.tensor([1, 2]), torch.tensor([3, 4])
     graphs.copy_all([(first, second), (second, first)])
     assert first.tolist() == [3, 4] and second.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_that_are_wide_alone_go_first(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refilled row computes its prompt in a forward of its own; the account and the text stay those of one forward."""
+    monkeypatch.setattr(rounds, "LANES_OF_A_FLOOR", 1)
+    model = tiny_transformer(2, attention="block_causal", block_size=4, shift=shift)
+    prompts = [[one % 20 for one in range(first, first + size)] for first, size in ((1, 40), (2, 5), (3, 33), (4, 9), (5, 44))]
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "cache": BlockCausalCache(), "rows": 3}
+    rows = []
+    taken = KVBuffer.row
+    monkeypatch.setattr(KVBuffer, "row", lambda kv, row: rows.append(row) or taken(kv, row))
+    with graphs.emulated():
+        replayed = decode_stream(model, d2f(block_length=4, threshold=0.5), prompts, compile=True, **arguments)
+    assert len(rows) >= 2
+    same(replayed, decode_stream(model, d2f(block_length=4, threshold=0.5), prompts, **arguments))
+
+
+def test_widths_are_chosen_by_their_lanes() -> None:
+    widths = (16, 64, 512)
+    assert rounds.widths_of([300] * 16, widths) == (512, [])
+    assert rounds.widths_of([60] * 15 + [300], widths) == (64, [15])
+    assert rounds.widths_of([10, 300], widths) == (16, [1])  # 512 and the floor of a second forward, not 1024
+    assert rounds.widths_of([10, 60], widths) == (64, [])  # a floor either way

@@ -1,0 +1,94 @@
+"""The fast path on a real GPU: the tokens of eager code, its logits within bf16, and nothing compiled after the warm-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache, PrefixCache
+from dllm_toolkit.decode import decode
+from dllm_toolkit.decoders.autoregressive import autoregressive
+from dllm_toolkit.decoders.d2f import d2f
+from dllm_toolkit.decoders.fast_dllm import fast_dllm
+from dllm_toolkit.decoders.vanilla import vanilla
+from dllm_toolkit.engine import Engine
+from dllm_toolkit.models.transformer import Transformer, TransformerConfig
+from dllm_toolkit.state import begin_state
+from dllm_toolkit.types import Attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def model_of(attention: Attention, dtype: torch.dtype = torch.float32, **options: Any) -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=512, width=256, layers=3, heads=4, mlp_width=512, mask_id=511, eos_ids=(510,), pad_id=510, max_positions=600,
+        attention=attention, block_size=16 if attention == "block_causal" else None, **options,
+    )  # fmt: skip
+    model = Transformer(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.12)
+    return model.to("cuda", dtype).eval()
+
+
+def prompts_of(count: int, least: int, most: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(least, most, (count,), generator=generator).tolist()
+    return [torch.randint(0, 500, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("attention", "decoder", "cache"),
+    [
+        ("block_causal", d2f(block_length=16, threshold=0.3), BlockCausalCache()),
+        ("full", fast_dllm(block_length=16, threshold=0.3), DualCache()),
+        ("full", fast_dllm(block_length=16, threshold=0.3), PrefixCache()),
+        ("full", vanilla(temperature=0.7), NoCache()),
+        ("causal", autoregressive(), BlockCausalCache()),
+    ],
+    ids=["d2f", "dual", "prefix", "vanilla", "autoregressive"],
+)
+def test_compiled_tokens_are_eager_tokens(attention: Any, decoder: Any, cache: Any) -> None:
+    model = model_of(attention, shift=1 if attention == "causal" else 0)
+    for rows, seed in ((1, 0), (3, 1), (3, 2)):
+        arguments: dict[str, Any] = {"max_new_tokens": 48, "cache": cache, "seed": seed}
+        prompts = prompts_of(rows, 5, 60, seed)
+        compiled = decode(model, decoder, prompts, compile=True, **arguments)
+        eager = decode(model, decoder, prompts, **arguments)
+        assert compiled.tokens == eager.tokens and compiled.result == eager.result
+        assert (compiled.stats.nfe, compiled.stats.lanes) == (eager.stats.nfe, eager.stats.lanes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_logits_are_eager_logits(dtype: torch.dtype) -> None:
+    """Both against float64, as far from it as the type allows, and each other."""
+    model, decoder = model_of("block_causal", dtype), d2f(block_length=16)
+    rows: list[Any] = [(prompt, [None] * 40) for prompt in prompts_of(1, 20, 60, 3)]
+    answers = []
+    with torch.inference_mode():
+        for compile, held in ((True, model), (False, model), (False, model_of("block_causal", torch.float64))):
+            state = decoder.init(begin_state(model.spec, rows, [0], length=128, device="cuda"))
+            region = decoder.region(state)
+            answer = Engine(held, BlockCausalCache(), state, max_reads=40, compile=compile).ask(state, region)
+            live = answer.positions[0] < 128
+            answers.append(answer.logits[0][live].double())
+    exact = answers[2] if dtype == torch.float32 else answers[1]
+    error = ((answers[0] - exact).norm() / exact.norm()).item()
+    assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    model, decoder, cache = model_of("block_causal"), d2f(block_length=16, threshold=0.3), BlockCausalCache()
+    arguments: dict[str, Any] = {"max_new_tokens": 48, "cache": cache, "compile": True}
+    for prompt in prompts_of(20, 5, 400, 1):
+        decode(model, decoder, [prompt], **arguments)
+    before = counters["stats"]["unique_graphs"]
+    warm_up = 0.0
+    for prompt in prompts_of(20, 5, 400, 2):
+        warm_up += decode(model, decoder, [prompt], **arguments).stats.warm_up
+    assert counters["stats"]["unique_graphs"] == before
+    assert warm_up == 0.0, "a graph was recorded again"
