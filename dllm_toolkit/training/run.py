@@ -101,7 +101,12 @@ class TrainRecipe:
                 "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
                 "Write lora: {rank: 32, alpha: 32}, or teacher: with a model of its own."
             )
-        if self.teacher is not None and self.objective.needs_teacher and not self.objective.takes_teacher:
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} learns from no teacher, got one. It would be loaded and never asked. "
+                "Leave teacher: out, or write another objective, such as dscd."
+            )
+        if self.teacher is not None and not self.objective.takes_teacher:
             raise TrainError(
                 f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
                 "Write lora: instead; the teacher is then the model with its adapter off."

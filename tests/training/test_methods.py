@@ -14,7 +14,7 @@ from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.ops import masks
 from dllm_toolkit.training.composed import Composed, Copy, hidden
-from dllm_toolkit.training.corruptors import Batch, Monotone
+from dllm_toolkit.training.corruptors import Batch, ExactCount, Monotone
 from dllm_toolkit.training.data import DataError
 from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, read_logits
 from dllm_toolkit.training.lora import Lora, inject
@@ -25,7 +25,7 @@ from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.methods.dscd import DSCD, counts
 from dllm_toolkit.training.methods.llada21 import TokenEditing
 from dllm_toolkit.training.methods.path import PathDistillation
-from dllm_toolkit.training.objectives import D2FDistillation, ObjectiveError, normalise
+from dllm_toolkit.training.objectives import D2FDistillation, MaskedDiffusion, Objective, ObjectiveError, normalise
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, ForwardKL, Ramp, Selected, entropy, interpolated, stage
 
 MASK, ANSWER = 10, 12
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused(make) -> None:
 # --- reductions: one method at a limit of its settings is another
 
 
-def value(objective: Composed, model, batch: Batch, progress: float = 0.0, teacher=None) -> float:
+def value(objective: Objective, model, batch: Batch, progress: float = 0.0, teacher=None) -> float:
     return float(objective(model, batch, seeded(), progress=progress, teacher=teacher).value.detach())
 
 
@@ -390,6 +390,17 @@ def test_dscd_without_its_teacher_is_plain_training_and_agrees_with_itself() -> 
     same = DSCD().show(batch, SPEC, seeded(), 0.0)
     same = DSCD().teach(model, batch, same._replace(hint=same.tokens))
     assert float(DSCD().loss(model, batch, same).metrics["kl"]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_masked_diffusion_is_a_sum_of_one_term() -> None:
+    @dataclass(frozen=True)
+    class OnTheCore(Composed):
+        terms = (CrossEntropy(normaliser="answer_length"),)
+
+        def noise(self, batch, spec, generator, progress):
+            return [hidden(batch, spec, *ExactCount()(batch, generator))]
+
+    assert value(OnTheCore(), tiny(), rows()) == pytest.approx(value(MaskedDiffusion(), tiny(), rows()), abs=1e-6)
 
 
 def test_d2f_is_a_sum_of_one_term() -> None:

@@ -90,6 +90,7 @@ def test_what_cannot_be_distilled_is_refused_before_training(tmp_path: Path) -> 
     wrong = {
         "different tokenizers": {"objective": "dscd", "teacher": stranger},
         "no lora": {"objective": "dscd"},
+        "learns from no teacher": {"teacher": TINY},
         "under one LM head": {"objective": "d2f", "teacher": TINY},
         "attention 'causal'": {"objective": "dscd", "teacher": {**TINY, "attention": "causal", "shift": 1}},
         "follows recorded decodes": {"objective": "path"},

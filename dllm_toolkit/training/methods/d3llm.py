@@ -4,9 +4,8 @@
     in block n the first (1 - r) of its tokens in the teacher's order are shown, the rest is hidden; before it clean, after it masked
     loss = (CE(hidden) + CE(shown, hidden in turn) + w H_T(hidden, where right) [+ w H_T(shown ...)]) / 4
 
-Only the order comes from the trajectory, one integer a token (`Batch.step_map`), so any block length can be trained on one recording.
-`block_length` as a list is interpolated over the run: [16, 24, 32] grows. Without a trajectory (`order: random`) it is dParallel with a
-varying ratio. `both_certain` is the Dream variant.
+Only the order comes from the trajectory (`Batch.step_map`), so any block length can be trained on one recording; several are interpolated
+over the run. `order: random` is dParallel with a varying ratio, `both_certain` the Dream variant.
 
 Reference: d3LLM, arXiv 2601.07568.
 """
@@ -76,8 +75,7 @@ def late(step_map: Int[Tensor, "B L"], active: Bool[Tensor, "B L"], ratio: Tenso
     Positions that were never decided (-1, the fill behind an end-of-text) come after all others.
     """
     size, length = active.sum(1), active.shape[1]
-    never = int(1 << 30)
-    key = torch.where(step_map >= 0, step_map, never).long() * length + torch.arange(length, device=active.device)
+    key = torch.where(step_map >= 0, step_map, 1 << 30).long() * length + torch.arange(length, device=active.device)
     rank = key.masked_fill(~active, torch.iinfo(torch.long).max).argsort(1).argsort(1)
     shown = ((1.0 - ratio) * size + 1e-4).long()  # (1 - .8) 10 is 2 tokens, not float32's 1.99
     return active & (rank >= shown.unsqueeze(1))
