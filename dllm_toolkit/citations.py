@@ -102,9 +102,31 @@ BIBLIOGRAPHY: dict[str, Reference] = {
             "Karl Cobbe",
         ),
     ),
+    "2402.03300": Reference(
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        _names(
+            "Zhihong Shao",
+            "Peiyi Wang",
+            "Qihao Zhu",
+            "Runxin Xu",
+            "Junxiao Song",
+            "Xiao Bi",
+            "Haowei Zhang",
+            "Mingchuan Zhang",
+            "Y. K. Li",
+            "Y. Wu",
+            "Daya Guo",
+        ),
+    ),
     "2410.05229": Reference(
         "GSM-Symbolic: Understanding the Limitations of Mathematical Reasoning in Large Language Models",
         _names("Iman Mirzadeh", "Keivan Alizadeh", "Hooman Shahrokhi", "Oncel Tuzel", "Samy Bengio", "Mehrdad Farajtabar"),
+    ),
+    "2503.20783": Reference(
+        "Understanding R1-Zero-Like Training: A Critical Perspective",
+        _names(
+            "Zichen Liu", "Changyu Chen", "Wenjun Li", "Penghui Qi", "Tianyu Pang", "Chao Du", "Wee Sun Lee", "Min Lin"
+        ),
     ),
     "2504.12216": Reference(
         "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
@@ -223,6 +245,7 @@ BIBLIOGRAPHY: dict[str, Reference] = {
         "d2Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching",
         _names("Yuchu Jiang", "Yue Cai", "Xiangzhong Luo", "Jiale Fu", "Jiarui Wang", "Chonghan Liu", "Xu Yang"),
     ),
+    "2509.06949": Reference("Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models"),
     "2509.23924": Reference(
         "Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
         _names("Jingyi Yang", "Guanxu Chen", "Xuhao Hu", "Jing Shao"),

@@ -245,12 +245,16 @@ def _train(arguments: argparse.Namespace) -> int:
     _require_lightning("training")
     from dllm_toolkit import recipe
     from dllm_toolkit.training.filter import FilterRecipe, run_filter_training
+    from dllm_toolkit.training.reinforce import PolicyRecipe, run_policy_training
     from dllm_toolkit.training.run import TrainRecipe, run_training
 
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     if "filter" in loaded.tree:
         loaded = loaded.checked(FilterRecipe)
         run_filter_training(loaded, loaded.build(FilterRecipe))
+    elif "policy" in loaded.tree:
+        loaded = loaded.checked(PolicyRecipe)
+        run_policy_training(loaded, loaded.build(PolicyRecipe))
     else:
         loaded = loaded.checked(TrainRecipe)
         run_training(loaded, loaded.build(TrainRecipe))
@@ -340,12 +344,13 @@ def _root_of(tree: dict[str, Any]) -> type:
         from dllm_toolkit.evaluation.harness import HarnessRecipe
 
         return HarnessRecipe
-    if "objective" in tree or "trainer" in tree or "filter" in tree:
+    if "objective" in tree or "trainer" in tree or "filter" in tree or "policy" in tree:
         _require_lightning("a training recipe")
         from dllm_toolkit.training.filter import FilterRecipe
+        from dllm_toolkit.training.reinforce import PolicyRecipe
         from dllm_toolkit.training.run import TrainRecipe
 
-        return FilterRecipe if "filter" in tree else TrainRecipe
+        return FilterRecipe if "filter" in tree else PolicyRecipe if "policy" in tree else TrainRecipe
     from dllm_toolkit.generate import GenerateRecipe
 
     return GenerateRecipe

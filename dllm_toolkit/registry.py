@@ -48,6 +48,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "callback": _TRAINING,
     "optimizer": _TRAINING,
     "lr_schedule": _TRAINING,
+    "estimator": _TRAINING,
+    "policy": _TRAINING,
 }
 
 _bases: dict[str, Any] = {}

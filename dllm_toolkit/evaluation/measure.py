@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from dllm_toolkit.drivers.base import Denoise, Driver
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.ledger import Ledger, Record
-from dllm_toolkit.evaluation.tasks import Problem, Task
+from dllm_toolkit.evaluation.tasks import Grade, Problem, Task
 
 Templates = tuple[tuple[int | None, ...], ...] | None
 """Of each problem the answer's skeleton, None for what is to be decoded; or None where answers have no skeleton."""
@@ -168,9 +168,7 @@ def _records(
         problem, prompt, ids = problems[problem_index], row.prompts[problem_index], output.tokens[index]
         counted = ledger.answer_tokens(ids, spec.eos_ids)
         body = ids[:counted]
-        raw = tokenizer.decode(body[:-1] if body and body[-1] in spec.eos_ids else body, skip_special_tokens=True)
-        text = task.cut(raw)
-        grade = task.grade(problem, text)
+        raw, text, grade = judged(tokenizer, spec.eos_ids, task, problem, ids)
         records.append(
             Record(
                 configuration=row.name,
@@ -205,6 +203,22 @@ def _records(
             )
         )
     return records
+
+
+class Judged(NamedTuple):
+    """An answer's text, the part of it that was graded, and the verdict."""
+
+    raw: str
+    text: str
+    grade: Grade
+
+
+def judged(tokenizer: Any, eos_ids: Sequence[int], task: Task, problem: Problem, ids: Sequence[int]) -> Judged:
+    """Text and grade of an answer: up to and without the first end of text, then up to the task's first stop string."""
+    body = ids[: ledger.answer_tokens(ids, eos_ids)]
+    raw = tokenizer.decode(body[:-1] if body and body[-1] in eos_ids else body, skip_special_tokens=True)
+    text = task.cut(raw)
+    return Judged(raw, text, task.grade(problem, text))
 
 
 def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:

@@ -56,6 +56,11 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("bits", numbers.view(torch.uint8))
         self.register_buffer("scale", scale.squeeze(-1))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._choose()
+
+    def _choose(self) -> None:
+        """Which kernel there is where the weights are now: known before a forward is compiled."""
+        self.best = eight_bit.best_on(self.format, self.bits.device, self.out_features, self.in_features)
 
     @classmethod
     def fused(cls, modules: Sequence[nn.Linear | QuantisedLinear], format: Format, kernel: str | None = None) -> QuantisedLinear:
@@ -73,6 +78,7 @@ class QuantisedLinear(nn.Module):
         whole.bits, whole.scale = torch.cat([one.bits for one in each]), torch.cat([one.scale for one in each])
         whole.bias = torch.cat([one.bias for one in each if one.bias is not None]) if biased == {True} else None
         whole.out_features = whole.bits.shape[0]
+        whole._choose()
         return whole
 
     @property
@@ -92,9 +98,8 @@ class QuantisedLinear(nn.Module):
                 "none. Load the model without weights:, or decode under torch.inference_mode()."
             )
         flat = x.reshape(-1, self.in_features)
-        numbers = self.numbers
-        product = eight_bit.kernel_for(self.format, flat, numbers) if self.kernel is None else eight_bit.KERNELS[self.kernel]
-        y = product(flat, numbers, self.scale)
+        product = eight_bit.choose(self.format, flat, self.best) if self.kernel is None else eight_bit.KERNELS[self.kernel]
+        y = product(flat, self.numbers, self.scale)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
@@ -103,6 +108,7 @@ class QuantisedLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             self.scale = before.to(self.scale.device)
+        self._choose()
         return self
 
     def extra_repr(self) -> str:

@@ -117,27 +117,22 @@ BEST: dict[Format, str] = {"fp8": "scaled_mm", "int8": "triton_weights"}
 
 
 def kernel_for(format: Format, x: Float[Tensor, "M K"], weight: Shaped[Tensor, "N K"]) -> Product:
-    """The product that a format runs on here: `BEST` on a GPU that has it, for half precision and widths that fit, else its formula.
+    """The product that a format runs on here: `BEST` on a GPU that has it, for half precision and widths that fit, else its formula."""
+    return choose(format, x, best_on(format, weight.device, *weight.shape))
 
-    Knows shapes, types and devices only, so a compiled graph holds one of them.
-    """
-    outputs, inputs = weight.shape
-    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.version.hip is not None:
-        return FORMULAS[format]
+
+def choose(format: Format, x: Float[Tensor, "M K"], best: str | None) -> Product:
+    """The kernel `best` for activations that it takes, else the formula. Knows types only, so a compiled graph holds one of them."""
+    return FORMULAS[format] if best is None or x.dtype != torch.bfloat16 else KERNELS[best]
+
+
+def best_on(format: Format, device: torch.device, outputs: int, inputs: int) -> str | None:
+    """The kernel of a format for weights [outputs, inputs] on a device; None where there is none. Asks the driver: not for compiled code."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
     if format == "fp8":
-        fits = outputs % 16 == 0 and inputs % 16 == 0 and capability(x.device.index) >= (8, 9)
+        fits = outputs % 16 == 0 and inputs % 16 == 0 and capability >= (8, 9)
     else:
-        fits = inputs % 128 == 0 and capability(x.device.index) >= (8, 0) and has_triton()
-    return KERNELS[BEST[format]] if fits else FORMULAS[format]
-
-
-@torch.compiler.assume_constant_result
-def capability(index: int) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(index)
-
-
-@torch.compiler.assume_constant_result
-def has_triton() -> bool:
-    """Is Triton installed? PyTorch's CUDA builds bring it."""
-    return importlib.util.find_spec("triton") is not None
+        fits = inputs % 128 == 0 and capability >= (8, 0) and importlib.util.find_spec("triton") is not None
+    return BEST[format] if fits else None

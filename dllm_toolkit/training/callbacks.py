@@ -107,6 +107,7 @@ class DecodeWhileTraining(pl.Callback):
     """Every `every` steps decode held-out problems with the averaged weights; text, accuracy and tokens per forward to TensorBoard.
 
     `decoder` and `cache` are the components that a comparison uses. `name` separates several of these callbacks in TensorBoard.
+    `stop_at`: accuracy (0..1) at which training ends early, for a model that is to be trained just so far.
     """
 
     def __init__(
@@ -117,13 +118,16 @@ class DecodeWhileTraining(pl.Callback):
         problems: int = 16,
         max_new_tokens: int = 80,
         name: str = "decode",
+        stop_at: float | None = None,
     ) -> None:
         if every < 1 or problems < 1:
             raise DataError(f"every and problems must be at least 1, got {every} and {problems}. Write every: 1000, problems: 16.")
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}. It is a length. Write max_new_tokens: 80.")
         self.decoder, self.cache, self.every, self.problems = decoder, cache or NoCache(), every, problems
-        self.max_new_tokens, self.name = max_new_tokens, name
+        if stop_at is not None and not 0 < stop_at <= 1:
+            raise DataError(f"stop_at must lie in (0, 1], got {stop_at}. It is an accuracy. Write stop_at: 0.5, or null.")
+        self.max_new_tokens, self.name, self.stop_at = max_new_tokens, name, stop_at
         self.examples: list[Example] = []  # given by run_training
         self._done = 0
 
@@ -138,6 +142,9 @@ class DecodeWhileTraining(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = trainer.global_step
+        if self.stop_at is not None and trainer.global_step and trainer.is_global_zero:
+            assert isinstance(pl_module, DiffusionModule)
+            self.report(trainer, pl_module, trainer.global_step)  # a run that was ended by this is started again
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = trainer.global_step
@@ -183,3 +190,5 @@ class DecodeWhileTraining(pl.Callback):
                 for example, text, ok, nfe in zip(examples, texts, right, output.stats.nfe, strict=True)
             ]
             writer.add_text(f"{self.name}/text", "\n\n---\n\n".join(shown[:8]), step)
+        if self.stop_at is not None and accuracy >= self.stop_at:
+            trainer.should_stop = True

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dllm_toolkit"
 HEAVY = ("lightning", "pytorch_lightning", "peft", "tensorboard", "matplotlib", "rich", "transformers", "datasets", "torchmetrics")
 
 # A module may import its own layer and the layers it names:
-# types <- ops <- state <- {decoders, cache, models} <- engine <- decode <- drivers <- rest.
+# types <- ops <- state <- {decoders, cache, models} <- rounds <- engine <- decode <- drivers <- rest.
 BASE = {"types", "errors", "ops"}
 CORE = {*BASE, "registry", "state"}
 PARTS = {*CORE, "cache", "decoders", "models"}
@@ -28,7 +28,10 @@ ALLOWED = {
     "cache": CORE,
     "decoders": CORE,
     "sheets": PARTS,
-    "engine": {*PARTS, "sheets"},
+    "graphs": set(),
+    "workspace": {"cache", "graphs"},
+    "rounds": {*PARTS, "sheets"},
+    "engine": {*PARTS, "sheets", "rounds", "graphs", "workspace"},
     "decode": {*PARTS, "engine"},
     "drivers": {*PARTS, "engine", "decode", "recipe_hints"},
 }

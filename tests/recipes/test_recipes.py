@@ -17,6 +17,7 @@ from dllm_toolkit.evaluation.harness import HarnessRecipe
 from dllm_toolkit.generate import GenerateRecipe
 from dllm_toolkit.testing.cases_stops import toy_filter
 from dllm_toolkit.testing.items import write_items
+from dllm_toolkit.training.reinforce import PolicyRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -37,6 +38,14 @@ TRAIN = (
 SMALL = {"size": 64, "heldout": 8, "batch_size": 2}
 TRAIN_FILTER = ("trainer.max_steps=2", "data.size=4", "data.heldout=2", "data.batch_size=2", "export=null")
 TINY = ("model.width=16", "model.layers=1", "model.heads=2", "model.mlp_width=32")
+TRAIN_POLICY = (
+    "model={_component_: fresh, width: 16, layers: 1, heads: 2, mlp_width: 32}",
+    "rollouts={problems: 2, group: 2, max_new_tokens: 6}",
+    "task.size=2",
+    "evaluation.task.size=2",
+    "trainer={iterations: 1, accelerator: cpu}",
+    "export=null",
+)
 
 
 def small(data: dict, at: str = "data") -> list[str]:
@@ -124,6 +133,8 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         tiny = "model={_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024}"
         local = f"data={{gsm8k: {{train: {files['gsm8k_train']}, test: {files['gsm8k_test']}}}}}"
         command = ["harness", str(path), *COMPARE[1:], tiny, local, "size=1", "run.dtype=float32", f"output={output}"]
+    elif root is PolicyRecipe:  # an untrained model solves nothing: what comes before and after learning runs, and says so
+        command = ["train", str(path), *TRAIN_POLICY, f"output={output}"]
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
         tiny = self_distilled(tree, output) if tree["data"]["_component_"] == "recorded" else tiny
@@ -132,6 +143,9 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     code = cli.main(command)
     out, err = capsys.readouterr()
+    if root is PolicyRecipe:
+        assert code == 2 and "nothing was learned, got 2 groups of rollouts" in err, err
+        return
     assert code == 0, err
     if root is CompareRecipe:
         assert [row["name"] for row in json.loads(out.splitlines()[-1])["rows"]] == list(tree["configurations"])
