@@ -351,11 +351,14 @@ def _watch(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     _require_lightning("training")
     from dllm_toolkit import recipe
+    from dllm_toolkit.evaluation.processes import require_alone
     from dllm_toolkit.training.filter import FilterRecipe, run_filter_training
     from dllm_toolkit.training.reinforce import PolicyRecipe, run_policy_training
     from dllm_toolkit.training.run import TrainRecipe, run_training
 
     loaded = recipe.load(arguments.recipe, arguments.overrides)
+    if "filter" in loaded.tree or "policy" in loaded.tree:
+        require_alone("training a filter" if "filter" in loaded.tree else "training on rewards")
     if "filter" in loaded.tree:
         loaded = loaded.checked(FilterRecipe)
         run_filter_training(loaded, loaded.build(FilterRecipe))

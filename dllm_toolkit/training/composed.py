@@ -65,6 +65,10 @@ class Composed(Objective):
         return Full()
 
     @property
+    def splits(self) -> bool:
+        return False  # its copies stand one behind the other, and each term divides by its own sum
+
+    @property
     def needs_teacher(self) -> bool:
         return any(isinstance(term, ForwardKL | ReverseKL) for term in self.terms)
 

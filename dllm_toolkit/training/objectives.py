@@ -62,6 +62,11 @@ class Objective(abc.ABC):
     """What a model is trained to do."""
 
     @property
+    def splits(self) -> bool:
+        """Whether parts of a batch add up to the whole (`mass`), so that several processes can share one."""
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether `teach` must be called for each batch."""
         return False
