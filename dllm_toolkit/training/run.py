@@ -159,8 +159,8 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     trainer = _trainer(recipe, built, checkpoint)
     if trainer.world_size > 1 and not built.objective.splits:
         raise ToolkitError(
-            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. The parts of "
-            "its loss do not add up over parts of a batch. Write devices: 1 under trainer, or objective: d2f or masked_diffusion."
+            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. The "
+            "parts of its loss do not add up over parts of a batch. Write devices: 1 under trainer, or objective: d2f or masked_diffusion."
         )
     if trainer.is_global_zero:
         claim(built.output, recipe)
