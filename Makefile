@@ -35,18 +35,19 @@ help:
 quickstart: $(INSTALLED)
 	$(BIN)/dllm-toolkit compare $(RECIPE) $(ARGS)
 
-# Without TESTS everything: the recorded decodes under shape checks (once is enough, they take minutes), then all the rest.
+# Without TESTS everything, and everything once: what is marked `shapes` under shape checks, then all the rest.
+WORKERS := -n $(JOBS) --dist worksteal
 ifeq ($(strip $(TESTS)),)
 test: shapes
-	$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/golden
+	$(BIN)/python -m pytest $(WORKERS) -m "not shapes"
 else
 test: $(DEVELOP)
-	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(BIN)/python -m pytest $(WORKERS) $(TESTS)
 endif
 
 # In a run of its own: the checks wrap every function, which torch.compile(fullgraph=True) refuses to look through.
 shapes: $(DEVELOP)
-	$(BIN)/python -m pytest -q -n $(JOBS) --jaxtyping-packages=dllm_toolkit,beartype.beartype tests/golden \
+	$(BIN)/python -m pytest -q $(WORKERS) -m shapes --jaxtyping-packages=dllm_toolkit,beartype.beartype tests/golden \
 	  tests/unit/test_ops_*.py tests/unit/test_state.py tests/unit/test_transformer.py tests/unit/test_corrupt.py
 
 check: $(DEVELOP)
@@ -59,6 +60,7 @@ contract: $(DEVELOP)
 
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures.py
+	test ! -d benchmarks/results || $(BIN)/python docs/speed.py
 
 $(CREATED):
 	@command -v "$(PYTHON)" >/dev/null || { \

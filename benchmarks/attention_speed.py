@@ -20,7 +20,6 @@ The floor is the bytes of keys, values and mask over the bandwidth of a plain co
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import finish, save_option
 from matmul_speed import bandwidth, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,7 +85,7 @@ def run_all(attention: Attention, layers: list[tuple[Tensor, Tensor, Tensor]], a
         attention(q, k, v, allow)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--heads", type=int, default=32)
@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args()
+    save_option(parser)
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 256
@@ -128,7 +129,8 @@ def main() -> None:
                         row["us_a_layer"][key] = f"failed: {str(failure).splitlines()[0][:80]}"
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-    print(json.dumps({"benchmark": "attention_speed", "device": name, "torch": torch.__version__, "copy_gbps": round(gbps), "rows": rows}))
+    result = {"benchmark": "attention_speed", "device": name, "torch": torch.__version__, "copy_gbps": round(gbps), "rows": rows}
+    return finish("attention_speed", result, options, device)
 
 
 if __name__ == "__main__":

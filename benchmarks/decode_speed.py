@@ -22,7 +22,6 @@ for instance, has its error in its place, and the next one runs. Each time is a 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -33,6 +32,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from common import finish, save_option
 from matmul_speed import bandwidth
 from replays import forget, products, steps
 
@@ -222,6 +222,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", dest="compile", action="store_false")
+    save_option(parser)
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
@@ -254,8 +255,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         attention, decoder, cache = settings(options)[key]
         result["long"][key] = attempt(partial(generation, model, attention, decoder, cache, long, 1), device)
         print(f"long {key:25} {result['long'][key]}", file=sys.stderr, flush=True)
-    print(json.dumps(result))
-    return result
+    return finish("decode_speed", result, options, device, options.weights)
 
 
 if __name__ == "__main__":

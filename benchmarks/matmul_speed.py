@@ -27,7 +27,6 @@ one JSON line. Times are medians.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from common import finish, save_option
 from replays import seconds_of
 from torch import Tensor
 
@@ -288,6 +288,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--eager", dest="compile", action="store_false", help="do not compile layers")
+    save_option(parser)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -324,8 +325,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "benchmark": "matmul_speed", "device": name, "torch": torch.__version__, "copy_gbps": round(gbps), "rows": rows, "layers": layers,
         "tiles": tiles,
     }  # fmt: skip
-    print(json.dumps(result))
-    return result
+    return finish("matmul_speed", result, options, device)
 
 
 def release(device: torch.device) -> None:

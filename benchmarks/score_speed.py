@@ -20,7 +20,6 @@ in which a plain copy moves as many bytes. Logits of 32 to 128 lanes fit into a 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from common import finish, save_option
 from matmul_speed import bandwidth, timed
 from torch import Tensor
 
@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--eager", dest="compile", action="store_false")
     parser.add_argument("--cold", action="store_true", help="write 256 MB between repeats, so that no cache holds the logits")
+    save_option(parser)
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
@@ -122,8 +123,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "benchmark": "score_speed", "device": name, "torch": torch.__version__, "vocabulary": options.vocabulary, "dtype": options.dtype,
         "compile": options.compile, "cold": options.cold, "copy_gbps": round(gbps), "rows": rows,
     }  # fmt: skip
-    print(json.dumps(result))
-    return result
+    return finish("score_speed", result, options, device)
 
 
 def step(run: Measured, logits: Tensor, waste: Tensor | None) -> None:

@@ -81,11 +81,22 @@ class GenerateRecipe:
             )
 
 
-def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False) -> list[str]:
-    """Decode the recipe's prompts and print the answers to stdout; returns them.
+@dataclass(frozen=True)
+class Prepared:
+    """A generation that can start: the model, on its device, the driver with its other models, and the prompts as text (if any) and ids."""
 
-    Raises ToolkitError before the first forward for a missing or empty prompt, a device that is not there,
-    and a decoder, cache and model that do not fit each other.
+    model: Any
+    tokenizer: Any
+    driver: Driver
+    texts: tuple[str, ...]
+    encoded: tuple[list[int], ...]
+
+
+def prepare(recipe: Recipe, built: GenerateRecipe) -> Prepared:
+    """Load and check everything.
+
+    Raises ToolkitError for a missing or empty prompt, a device that is not there, and a decoder, cache and model that do not fit each
+    other.
     """
     texts, given = _prompts(recipe, built)
     with _placed(recipe, "run", "device"):
@@ -122,10 +133,17 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     model = model.to(device=device, dtype=dtype)
     for one in others.values():
         one.to(device=device, dtype=dtype)  # modules move in place, and the driver holds these very ones
+    return Prepared(model, tokenizer, driver, tuple(texts), tuple(encoded))
+
+
+def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False) -> list[str]:
+    """Decode the recipe's prompts and print the answers to stdout; returns them. Raises what `prepare` raises before the first forward."""
+    ready = prepare(recipe, built)
+    model, tokenizer = ready.model, ready.tokenizer
     answers: list[str] = []
-    for start in range(0, len(encoded), built.run.batch_size):
-        rows = encoded[start : start + built.run.batch_size]
-        output = driver.run(
+    for start in range(0, len(ready.encoded), built.run.batch_size):
+        rows = ready.encoded[start : start + built.run.batch_size]
+        output = ready.driver.run(
             model,
             built.decoder,
             rows,

@@ -34,7 +34,7 @@ class Memory:
     """
 
     own: PyTree
-    written: Tokens
+    written: Int[Tensor, "N L"]  # a row for every branch of a row
     nfe: Int[Tensor, "B"]
     lanes: Int[Tensor, "B"]
 

@@ -23,12 +23,17 @@ def _seeds() -> None:
 
 # Where only our own code and torch's stable parts run, a warning is an error.
 STRICT = {"contract", "lattice"}
+# Whole files that run under shape checks (the Makefile lists them too): pure functions of tensors, where an annotation says most.
+SHAPES = ("test_ops_", "test_state.py", "test_transformer.py", "test_corrupt.py", "test_logits.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if STRICT & set(item.path.parts):
             item.add_marker(pytest.mark.filterwarnings("error"))
+        if item.path.name.startswith(SHAPES):
+            item.add_marker(pytest.mark.shapes)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -315,7 +315,12 @@ def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], problems:
     return Header(
         recipe_hash=ledger.recipe_hash(recipe.tree),
         recipe=recipe.tree,
-        made_of={"code": provenance.code_fingerprint(parts), "problems": provenance.problems_fingerprint(problems), **weights},
+        made_of={
+            "code": provenance.code_fingerprint(parts),
+            "grader": provenance.grader_fingerprint(built.task),
+            "problems": provenance.problems_fingerprint(problems),
+            **weights,
+        },
         made_on={
             "device": provenance.device_name(device),
             "kind": device.type,

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.answers import diversity, perplexity
 from dllm_toolkit.evaluation.order import global_order, local_order
+from dllm_toolkit.evaluation.statistics import accuracy_interval
 
 COUNTING: tuple[str, ...] = (
     "forwards (nfe): model invocations of a row until that row finished, prefill included",
@@ -168,23 +167,6 @@ def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
 def recipe_hash(resolved: Mapping[str, Any]) -> str:
     """Hex digest of a resolved recipe without its presentation keys; the order of keys does not matter."""
     return hashlib.sha256(_canonical(_counted_keys(resolved)).encode()).hexdigest()[:16]
-
-
-def accuracy_interval(correct: Sequence[bool], resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean, with a fixed seed.
-
-    Where all answers agree the bootstrap has no width; the exact binomial bound (Clopper-Pearson) stands in for it there.
-    """
-    count = len(correct)
-    values = np.asarray(correct, dtype=np.float64)
-    if count == 0:
-        return 0.0, 1.0
-    if values.min() == values.max():
-        bound = 0.025 ** (1.0 / count)
-        return (bound, 1.0) if values[0] else (0.0, 1.0 - bound)
-    draws = np.random.default_rng(0).integers(0, count, size=(resamples, count))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def summarise(records: Sequence[Record], *, autoregressive: str | None = None, vanilla: str | None = None) -> list[Summary]:

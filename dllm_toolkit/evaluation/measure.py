@@ -290,6 +290,22 @@ def _records(
     return records
 
 
+class Judged(NamedTuple):
+    """An answer's text, the part of it that was graded, and the verdict."""
+
+    raw: str
+    text: str
+    grade: Grade
+
+
+def judged(tokenizer: Any, eos_ids: Sequence[int], task: Task, problem: Problem, ids: Sequence[int]) -> Judged:
+    """Text and grade of an answer: up to and without the first end of text, then up to the task's first stop string."""
+    body = ids[: ledger.answer_tokens(ids, eos_ids)]
+    raw = tokenizer.decode(body[:-1] if body and body[-1] in eos_ids else body, skip_special_tokens=True)
+    text = task.cut(raw)
+    return Judged(raw, text, task.grade(problem, text))
+
+
 def _failed(row: Row, number: int, index: int, problem: Problem, run: RunOptions) -> Record:
     """A problem that memory does not suffice for: a wrong answer that took nothing."""
     counts = dict.fromkeys(("nfe", "tokens", "canvas_tokens", "lanes", "steps", "commits", "forced", "edits"), 0)
@@ -319,22 +335,6 @@ def _failed(row: Row, number: int, index: int, problem: Problem, run: RunOptions
 
 def _hash(problem: Problem) -> str:
     return hashlib.sha256(problem.prompt.encode()).hexdigest()[:16]
-
-
-class Judged(NamedTuple):
-    """An answer's text, the part of it that was graded, and the verdict."""
-
-    raw: str
-    text: str
-    grade: Grade
-
-
-def judged(tokenizer: Any, eos_ids: Sequence[int], task: Task, problem: Problem, ids: Sequence[int]) -> Judged:
-    """Text and grade of an answer: up to and without the first end of text, then up to the task's first stop string."""
-    body = ids[: ledger.answer_tokens(ids, eos_ids)]
-    raw = tokenizer.decode(body[:-1] if body and body[-1] in eos_ids else body, skip_special_tokens=True)
-    text = task.cut(raw)
-    return Judged(raw, text, task.grade(problem, text))
 
 
 def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import Lanes, Layer, ModelError
-from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, predicted, prompt_of, read_widths
+from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, predicted, prompt_of
 from dllm_toolkit.ops import select
 from dllm_toolkit.ops.density import certainty_density
 from dllm_toolkit.registry import register
@@ -116,6 +116,8 @@ class D2Cache(Wrapper):
         masked = (query.tokens == self.spec.mask_id) & ~prompt_of(query, "d2cache")
         own.known.scatter_(1, query.slots, live & ~masked)
         chosen = self._chosen(query, live, masked, own)
+        from dllm_toolkit.ops.widths import read_widths  # a second to import, so only where it is used
+
         (width,) = read_widths(chosen.sum(1).amax())  # the one host read of a forward
         narrowed = narrow(query, choose(chosen, width), kv)
         assert narrowed.slots is not None

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import Layer, ModelError
-from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, prompt_of, read_widths, recall, store, take
+from dllm_toolkit.models.wrapper import Wrapper, bare, choose, live_lanes, narrow, prompt_of, recall, store, take
 from dllm_toolkit.ops import select
 from dllm_toolkit.registry import register
 
@@ -134,6 +134,8 @@ class FeatureReuse(Wrapper):
         least = (rest.sum(1) * self.ratio).floor().long()
         compared = rest & (least > 0).unsqueeze(1)
         # The one host read of a forward: how many lanes does the busiest row compute, and how many does it compare?
+        from dllm_toolkit.ops.widths import read_widths  # a second to import, so only where it is used
+
         width, compares = read_widths((due.sum(1) + least).amax(), compared.sum(1).amax())
         return Turn(query, query.slots, due, compared, least, width, compares)
 

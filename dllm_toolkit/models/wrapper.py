@@ -118,17 +118,6 @@ def predicted(query: Query, kv: KVBuffer, shift: int) -> Int[Tensor, "B R"]:
     return torch.where(query.read < trash, query.read + shift, trash)
 
 
-def read_widths(*widths: Int[Tensor, ""]) -> list[int]:
-    """Widths of packed lanes, read on the host: exact, or rounded up to a multiple of 16 where the caller is being compiled."""
-    return _read(torch.stack(widths), 16 if torch.compiler.is_compiling() else 1)  # type: ignore[call-arg]
-
-
-@torch.compiler.disable
-def _read(widths: Int[Tensor, "N"], step: int) -> list[int]:
-    # Outside of the graph, so that the code behind it is compiled for few widths and not for every one that occurs.
-    return [-(-width // step) * step for width in widths.tolist()]
-
-
 def choose(chosen: Bool[Tensor, "B W"], width: int) -> Int[Tensor, "B K"]:
     """Numbers of the chosen lanes, packed to `width`; W stands for a dead lane."""
     return lanes.pack(chosen, width)

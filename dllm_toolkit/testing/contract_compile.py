@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch._dynamo.exc as dynamo_errors
 from torch import Tensor
 
 from dllm_toolkit.decoders.block import BlockDecoder
@@ -54,6 +53,8 @@ def d11_one_graph(bench: Bench) -> None:
         return
     recording = bench.recording
     width = min(decoder.max_reads(max(map(len, bench.batch.templates))), recording.first.tokens.shape[1])
+    import torch._dynamo.exc as dynamo_errors  # a second: the other checks do without
+
     torch._dynamo.reset()
     counter = GraphCounter()
     compiled = torch.compile(decoder.decide, fullgraph=True, dynamic=False, backend=counter)

@@ -38,7 +38,7 @@ class Throughput(pl.Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self._mark: tuple[float, int] | None = None
-        self._measured = 0
+        self._measured = self._skipped = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mark = None
@@ -57,6 +57,7 @@ class Throughput(pl.Callback):
             return
         self._measured = step
         metrics = {name: float(value) for name, value in self._tensors(pl_module).items()}  # the one wait for the device
+        self._check_skipped(pl_module, step)
         now = time.monotonic()
         if self._mark is not None:
             samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0]
@@ -66,6 +67,18 @@ class Throughput(pl.Callback):
         metrics["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["progress"] = pl_module.progress
         self._write(trainer, step, {f"train/{name}": value for name, value in metrics.items()})
+
+    def _check_skipped(self, module: DiffusionModule, step: int) -> None:
+        """Say how many steps gave no usable gradient, and end a run in which none does any more."""
+        skipped = 0 if module.skipped is None else int(module.skipped)
+        now, self._skipped = skipped - self._skipped, skipped
+        if now:
+            print(f"step {step:>6}  {now} steps since the last line were skipped: their gradient was NaN or infinite", file=sys.stderr)
+        if now >= max(2, self.every):
+            raise DataError(
+                f"the last {now} steps gave no gradient that is a number. The run has diverged, or the data or the first weights hold NaN; "
+                "the weights are those of before. Look at the loss in metrics.jsonl, and write a smaller optimizer.learning_rate."
+            )
 
     @staticmethod
     def _tensors(module: DiffusionModule) -> dict[str, Tensor]:

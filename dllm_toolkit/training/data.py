@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +49,10 @@ class Source:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        step_map: Int[Tensor, "N L"] | None = None,
     ) -> None:
         self.tokens, self.prompt_length, self.answer_length = tokens, prompt_length, answer_length
+        self.step_map = step_map
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.batches_per_epoch = tokens.shape[0] // (batch_size * world)
         if self.batches_per_epoch == 0:
@@ -88,7 +90,8 @@ class Source:
     def rows(self, chosen: Int[Tensor, "B"]) -> Batch:
         """The batch of the given rows."""
         tokens = self.tokens.index_select(0, chosen).long()
-        return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length)
+        steps = None if self.step_map is None else self.step_map.index_select(0, chosen).long()
+        return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length, steps)
 
     def all_batches(self) -> list[Batch]:
         """The rows in order, in whole batches of all ranks: a fixed validation set."""
@@ -155,6 +158,14 @@ class Data(abc.ABC):
     """What to train on: makes sources of rows, and held-out examples to decode."""
 
     batch_size: int
+    step_maps: ClassVar[bool] = False
+    """Whether the rows say at which step of a decode each token was decided."""
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        """The answer lengths that occur, in tokens; () if unknown."""
+        length = getattr(self, "answer_length", None)
+        return () if length is None else (length,)
 
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -165,8 +176,8 @@ class Data(abc.ABC):
         """Training rows and held-out rows, on `device`."""
 
     @abc.abstractmethod
-    def examples(self, count: int) -> list[Example]:
-        """The first `count` held-out problems."""
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
+        """The first `count` problems of a split, held-out ones by default."""
 
     @abc.abstractmethod
     def check(self, max_positions: int) -> None:
@@ -276,13 +287,13 @@ class StoryData(Data):
             heldout, max(1, min(self.batch_size, self.heldout // world)), rank, world
         )
 
-    def examples(self, count: int) -> list[Example]:
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
         from functools import partial
 
         from dllm_toolkit.data import stories
 
         tokenizer = self.tokenizer()
-        problems = [stories.story(self.data_seed, index, "heldout", self.style) for index in range(count)]
+        problems = [stories.story(self.data_seed, index, split, self.style) for index in range(count)]
         return [
             Example(
                 tokenizer.encode(stories.format_prompt(problem), add_special_tokens=False),
@@ -327,10 +338,18 @@ class AlternatingData(Data):
         made = [part.sources(device, fold(seed, number) >> 32, rank, world) for number, part in enumerate(self.parts)]
         return Rotation([train for train, _ in made]), Rotation([heldout for _, heldout in made])  # type: ignore[misc]
 
-    def examples(self, count: int) -> list[Example]:
+    @property
+    def step_maps(self) -> bool:  # type: ignore[override]
+        return all(part.step_maps for part in self.parts)
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        return tuple(length for part in self.parts for length in part.answer_lengths)
+
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
         """The parts' first problems in turn."""
         share = -(-count // len(self.parts))
-        return [one for group in zip(*(part.examples(share) for part in self.parts), strict=True) for one in group][:count]
+        return [one for group in zip(*(part.examples(share, split) for part in self.parts), strict=True) for one in group][:count]
 
 
 def _graded(problem: object, text: str) -> bool:

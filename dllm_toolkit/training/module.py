@@ -47,6 +47,7 @@ class DiffusionModule(pl.LightningModule):
         max_minutes: float | None = None,
         compile: bool = False,
         seed: int = 0,
+        teacher: Transformer | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -54,6 +55,7 @@ class DiffusionModule(pl.LightningModule):
         self.optimizer_recipe, self.schedule = optimizer, schedule
         self.gradient_clip = gradient_clip
         self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
+        self._teacher = (teacher,)  # in a tuple: no part of what is trained, counted and saved
         self.average = Average(model, ema) if ema is not None else None
         self.batches = 0  # micro-batches consumed, over all processes of the run
         self.elapsed = 0.0  # seconds of training before this process
@@ -61,6 +63,7 @@ class DiffusionModule(pl.LightningModule):
         self.last_loss: Tensor | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
+        self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
         self._started: float | None = None
         self._told: float | None = None  # what process 0 said the time was, for the length of a step
         self._validation_losses: list[Tensor] = []
@@ -95,6 +98,8 @@ class DiffusionModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.average is not None:
             self.average.to(self.device)
+        if self._teacher[0] is not None:
+            self._teacher[0].to(self.device)
 
     def on_train_start(self) -> None:
         self._started = time.monotonic()
@@ -110,7 +115,8 @@ class DiffusionModule(pl.LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._train_objective(self.model, batch, self.noise(_NOISE, self.batches), split=self._split)
+        noise, (teacher,) = self.noise(_NOISE, self.batches), self._teacher
+        loss = self._train_objective(self.model, batch, noise, teacher=teacher, progress=self.progress, split=self._split)
         self.batches += 1
         self.last_loss, self.last_metrics = self._summed(loss)
         if self._split is None or loss.share is None:
@@ -158,6 +164,12 @@ class DiffusionModule(pl.LightningModule):
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+        # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
+        usable = self.gradient_norm.isfinite()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = torch.where(usable, parameter.grad, 0.0)
+        self.skipped = (~usable).long() if self.skipped is None else self.skipped + (~usable).long()
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -214,7 +226,8 @@ class DiffusionModule(pl.LightningModule):
         # Rows that do not go into equal parts are read by every process.
         split = None if self._split is None or batch.tokens.shape[0] % self._split.world else self._split
         with self.averaged() as model:
-            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), split=split)
+            # As at the end of the run, so that the numbers of one run can be compared.
+            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), teacher=self._teacher[0], split=split)
         self._validation_losses.append(self._summed(loss)[0])
 
     def on_validation_epoch_end(self) -> None:

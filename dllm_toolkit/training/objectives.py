@@ -12,7 +12,8 @@ indexing, so no step waits for the device; D2F waits once, for the number of row
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
 from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.split import Split
-from dllm_toolkit.types import ModelSpec
+from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
 
@@ -61,12 +62,42 @@ class Objective(abc.ABC):
     """What a model is trained to do."""
 
     @property
+    def splits(self) -> bool:
+        """Whether parts of a batch add up to the whole (`mass`), so that several processes can share one."""
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether `teach` must be called for each batch."""
         return False
 
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether the teacher may be a model of its own."""
+        return False
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the rows must say at which step of a decode each token was decided."""
+        return False
+
     def check(self, model: Transformer) -> None:  # noqa: B027 - an objective that takes every model has nothing to check
         """Raise ObjectiveError if `model` cannot be trained this way."""
+
+    def check_rows(self, answer_lengths: Sequence[int]) -> None:  # noqa: B027 - as above
+        """Raise ObjectiveError if answers of these lengths, in tokens, cannot be trained on."""
+
+    def decodes(self) -> tuple[Attention, int | None] | None:
+        """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
+        return None
+
+    def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        """Query tokens of student and teacher for one row of `length` tokens: what a step costs, whatever the machine."""
+        return length, length if self.needs_teacher else 0
+
+    def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> View:
+        """Draw what the model sees when a share `progress` of the run is over. Objectives without a schedule define `corrupt` alone."""
+        return self.corrupt(batch, spec.mask_id, generator)
 
     @abc.abstractmethod
     def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
@@ -98,13 +129,16 @@ class Objective(abc.ABC):
         generator: torch.Generator,
         *,
         loss: Callable[[Transformer, Batch, View], Loss] | None = None,
+        teacher: Transformer | None = None,
+        progress: float = 1.0,
         split: Split | None = None,
     ) -> Loss:
-        """Corrupt, ask the teacher if there is one, and return the loss. `loss`: the compiled form of the method.
+        """Corrupt, ask the teacher if there is one, and return the loss.
 
-        split: after the corruption of the whole batch the rest is done for this part of it.
+        loss: the compiled form of the method. teacher: a model of its own; None is `model` with its adapter off. progress: the share of
+        the run that is over, for schedules. split: after the corruption of the whole batch the rest is done for this part of it.
         """
-        view = self.corrupt(batch, model.spec.mask_id, generator)
+        view = self.show(batch, model.spec, generator, progress)
         share = None
         if split is not None:
             mass = self.mass(model.spec, batch, view)
@@ -113,8 +147,8 @@ class Objective(abc.ABC):
         if self.needs_teacher:
             from dllm_toolkit.training.lora import adapter_off
 
-            with torch.no_grad(), adapter_off(model):
-                view = self.teach(model, batch, view)
+            with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
+                view = self.teach(model if teacher is None else teacher, batch, view)
         return (loss or self.loss)(model, batch, view)._replace(share=share)
 
 
@@ -303,6 +337,9 @@ class D2FDistillation(Objective):
     @property
     def needs_teacher(self) -> bool:
         return self.self_align
+
+    def decodes(self) -> tuple[Attention, int | None]:
+        return "block_causal", self.block_length
 
     def check(self, model: Transformer) -> None:
         if model.spec.attention == "causal":

@@ -102,16 +102,32 @@ class TrainRecipe:
     trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings(max_steps=1000))
     ema: float | None = None
     lora: Lora | None = None
+    teacher: Lazy[Model] | None = None
     callbacks: tuple[pl.Callback, ...] = ()
     export: Path | None = None
     summary: str = "A model trained with dllm_toolkit."
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective.needs_teacher and self.lora is None:
+        if self.objective.needs_teacher and self.lora is None and self.teacher is None:
             raise TrainError(
                 "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
-                "Write lora: {rank: 32, alpha: 32}."
+                "Write lora: {rank: 32, alpha: 32}, or teacher: with a model of its own."
+            )
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} learns from no teacher, got one. It would be loaded and never asked. "
+                "Leave teacher: out, or write another objective, such as dscd."
+            )
+        if self.teacher is not None and not self.objective.takes_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
+                "Write lora: instead; the teacher is then the model with its adapter off."
+            )
+        if self.objective.needs_steps and not self.data.step_maps:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
+                "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
             )
         if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
             raise TrainError(
@@ -123,6 +139,7 @@ class TrainRecipe:
                 f"precision 64-true widens all weights, got lora.frozen {self.lora.frozen!r}. They would not stay so. "
                 "Write precision: bf16-mixed, or frozen: float32."
             )
+        self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
         if not 0 <= self.seed < 1 << 32:
@@ -138,7 +155,13 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     checkpoint = owned(built.output, recipe)
     check_export(recipe, built.export)
     model = _prepare(recipe, built)
+    teacher = _teacher(recipe, built, model)
     trainer = _trainer(recipe, built, checkpoint)
+    if trainer.world_size > 1 and not built.objective.splits:
+        raise ToolkitError(
+            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. The "
+            "parts of its loss do not add up over parts of a batch. Write devices: 1 under trainer, or objective: d2f or masked_diffusion."
+        )
     if trainer.is_global_zero:
         claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
@@ -159,6 +182,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         max_minutes=settings.max_minutes,
         compile=compile,
         seed=built.seed,
+        teacher=teacher,
     )
     device = trainer.strategy.root_device
     say(f"making {type(built.data).__name__} on {device}", trainer)
@@ -260,9 +284,9 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
         )
     frozen = torch.float32 if built.lora is None else getattr(torch, built.lora.frozen)
     model.to(frozen).train().requires_grad_(True)  # loaded models come frozen, for decoding
-    if isinstance(built.objective, D2FDistillation):
-        # Matters for decoding only: both passes of the loss are given their masks.
-        model.with_attention("block_causal", built.objective.block_length)
+    rule = built.objective.decodes()
+    if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
+        model.with_attention(*rule)
     if built.lora is not None:
         with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
             torch.manual_seed(built.seed)
@@ -272,6 +296,28 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             with _placed(recipe, "callbacks", str(number)):
                 callback.check(model.spec)
     return model
+
+
+def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transformer | None:
+    """The frozen teacher, if it is a model of its own and the objective asks one."""
+    if built.teacher is None or not built.objective.needs_teacher:
+        return None
+    teacher = built.teacher.build()
+    with _placed(recipe, "teacher"):
+        if not isinstance(teacher, Transformer):
+            raise TrainError(f"a teacher is a native Transformer, got {type(teacher).__name__}. Write teacher: {{_component_: load, ...}}.")
+        words = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (teacher, student)]
+        if teacher.spec.vocab_size != student.spec.vocab_size or (None not in words and words[0] != words[1]):
+            raise TrainError(
+                f"teacher and student have different tokenizers, got {teacher.spec.vocab_size} and {student.spec.vocab_size} rows of the "
+                "vocabulary. Their distributions are over the same words or cannot be compared. Use a teacher with the student's tokenizer."
+            )
+        if teacher.spec.mask_id != student.spec.mask_id or teacher.spec.attention == "causal":
+            raise TrainError(
+                f"the teacher must fill the student's masks, got mask ids {teacher.spec.mask_id} and {student.spec.mask_id}, attention "
+                f"{teacher.spec.attention!r}. Write a teacher trained with objective: masked_diffusion."
+            )
+    return teacher.float().eval().requires_grad_(False)
 
 
 def _base_name(built: TrainRecipe) -> str:
@@ -382,6 +428,10 @@ def _finish(
             model, built.export, Split(0, trainer.world_size).of(validation[0]), attention=spec.attention, block_size=spec.block_size
         )
     sequences = module.batches * built.data.batch_size * trainer.world_size
+    costs = [built.objective.lanes(part.tokens.shape[1], part.answer_length) for part in train.parts]
+    lanes = {
+        who: round(sequences * sum(cost) / len(costs)) for who, cost in zip(("student", "teacher"), zip(*costs, strict=True), strict=True)
+    }
     write_card(
         built.export,
         {
@@ -398,6 +448,7 @@ def _finish(
                 "steps": trainer.global_step,
                 "sequences": sequences,
                 "rows": train.size,
+                "lanes": lanes,
                 "seconds": round(module.seconds, 1),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
                 "devices": trainer.world_size,

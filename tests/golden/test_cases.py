@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 
 from dllm_toolkit.testing import golden
-from dllm_toolkit.testing.golden_plan import Case, Declined, plan
+from dllm_toolkit.testing.golden_plan import Case, Declined, plan, prompts
 from dllm_toolkit.testing.golden_replay import WHAT, compare, replay
 
 # Strangers that share a batch with a recorded prompt: one shorter, one longer than any of them, with other budgets.
 COMPANY = (([17, 4, 230], 13), ([(7 * place) % 250 for place in range(23)], 31))
 FILES = {path.stem: golden.load_cases(path) for path in sorted((golden.SHIPPED / "cases").glob("*.json"))}
 DECLINED = {"freedave_llada_tree_prefix_d4_eager", "freedave_dream_tree_prefix_d4_eager"}
-BUILT = [
-    pytest.param(case, id=f"{file}/{case['name'].removeprefix(file).strip('_')}")
+NAMED = {
+    f"{file}/{case['name'].removeprefix(file).strip('_')}": case
     for file, cases in FILES.items()
     for case in cases
     if case["name"] not in DECLINED
-]
+}
+BUILT = [pytest.param(case, id=name) for name, case in NAMED.items()]
+
+
+def structure(part: Any) -> Any:
+    """What decides which code a decode runs through: types, flags and words, not numbers."""
+    if is_dataclass(part):
+        return (type(part), *((one.name, structure(getattr(part, one.name))) for one in fields(part)))
+    return part if isinstance(part, bool | str | None) else bool(part) if isinstance(part, tuple) else type(part)
+
+
+def companies() -> list[Any]:
+    """Every case; the first one of each kind of model, structure of decoder, cache and number of rows runs under shape checks."""
+    params, seen = [], set()
+    for name, case in NAMED.items():
+        planned = plan(case, golden.SHIPPED)
+        spec = planned.model.spec
+        kind = (type(planned.model), spec.attention, spec.shift, structure(planned.decoder), structure(planned.cache), len(prompts(case)))
+        params.append(pytest.param(case, id=name, marks=[] if kind in seen else [pytest.mark.shapes]))
+        seen.add(kind)
+    return params
 
 
 @pytest.mark.parametrize("case", BUILT)
@@ -28,7 +49,7 @@ def test_exact(case: Case) -> None:
     assert golden.run_case(case) == {}
 
 
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", companies())
 def test_a_row_does_not_notice_its_company(case: Case) -> None:
     planned = plan(case, golden.SHIPPED)
     assert compare(case, replay(case, planned, COMPANY), planned) == {}

@@ -11,16 +11,23 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+AT = ("--device", "cpu", "--eager")
 
 
-def run(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+def module_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # they import each other
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, f"benchmarks_{name}", module)
+    monkeypatch.setitem(sys.modules, f"benchmarks_{path.stem}", module)
     spec.loader.exec_module(module)
-    result = module.main([*options, "--device", "cpu", "--eager"])
+    return module
+
+
+def run(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str, at: tuple[str, ...] = AT
+) -> dict[str, Any]:
+    result = module_of(BENCHMARKS / f"{name}.py", monkeypatch).main([*options, *at])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(result))
     return result
 
@@ -82,3 +89,33 @@ def test_train_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     *same, more = result["lines"].values()
     assert len({row["loss"] for row in same}) == 1 and all(row["mfu"] > 0 for row in same)
     assert more["rows"] == 4 * same[0]["rows"] and result["lines"]["official"]["speed_up"] == 1.0
+
+
+def test_results_are_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"prompt": 8, "new-tokens": 16, "block": 4, "vocabulary": 40, "steps": 3, "rows": 1}
+    given = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    words = ("--decoders", "semi_ar", "autoregressive", "--caches", "dual", "block_causal", "--save", str(tmp_path))
+    result = run("engine_overhead", capsys, monkeypatch, *given, *words, at=())
+    kinds = [("semi_ar", "dual", "full"), ("semi_ar", "block_causal", "block_causal")]
+    kinds += [("autoregressive", "dual", "causal"), ("autoregressive", "block_causal", "causal")]
+    assert [(row["decoder"], row["cache"], row["attention"]) for row in result["rows"]] == kinds
+    assert all(0 < row[name] < row["step"] * 100 for row in result["rows"] for name in ("plan", "pack", "forward", "decide", "rest"))
+    assert json.loads((tmp_path / "engine_overhead.json").read_text()) == json.loads(json.dumps(result))
+    assert result["versions"]["torch"] and result["settings"]["block"] == 4 and "save" not in result["settings"]
+    graphs = {"forward": {"16, 4": 5.0, "32, 4": 6.0}, "products": {"16, 4": 4.0, "32, 4": 5.0}}
+    speed = {
+        **{key: result[key] for key in ("device", "versions")},
+        "shape": {"layers": 1, "width": 8, "prompt": 8, "new_tokens": 16, "accept": 4},
+        "floor_ms": 3.0,
+        "weights": "bfloat16",
+        "decode": {"d2f": {"tokens_per_second": 9.0, "tokens_per_forward": 4.0, "graphs_ms": graphs}, "none": {"failed": "no memory"}},
+        "batch": [{"rows": rows, "refill": refill, "tokens_per_second": 9.0 * rows} for rows in (1, 2) for refill in (False, True)],
+    }
+    for name in ("decode_speed", "decode_speed-int8"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(speed))
+    drawing = module_of(BENCHMARKS.parent / "docs" / "speed.py", monkeypatch)
+    assert len(drawing.panels(tmp_path)) == 4
+    drawing.main(tmp_path, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="no results to draw"):
+        drawing.main(tmp_path / "nowhere")
