@@ -3,7 +3,7 @@
     python benchmarks/kill_nine.py recipes/quickstart.yaml task.size=8
     python benchmarks/kill_nine.py recipes/quickstart.yaml task.size=8 run.threads=1 --processes 2
 
-A run is a process group of its own and gets SIGKILL, workers included. Moments are even over what is left to measure; one in five falls
+A run and all that it started get SIGKILL. Moments are even over what is left to measure; one in five falls
 into the start-up. A run that ends before its kill is compared too, and the next kill meets a new one. Equal: the same lines in
 the same order, but for what a clock or a memory counter said. JSON on the last line; exit code 1 if a ledger differs.
 """
@@ -11,11 +11,10 @@ the same order, but for what a clock or a memory counter said. JSON on the last 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from dllm_toolkit.evaluation import ledger
 
@@ -48,12 +49,12 @@ def stripped(path: Path) -> tuple[object, list[ledger.Record]]:
 
 
 class Run:
-    """A comparison in a process group of its own. `working`: seconds after its start at which it began to measure, once it did."""
+    """A comparison that runs. `working`: seconds after its start at which it began to measure, once it did."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log, self.started, self.working = log, time.monotonic(), None
         with log.open("w") as stream:
-            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream)
 
     @property
     def seconds(self) -> float:
@@ -65,8 +66,12 @@ class Run:
         return self.process.poll() is not None
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """The command and everything that it started: torchrun's workers would go on, in sessions of their own."""
+        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(family)
 
     def until(self, moment: Callable[["Run"], bool]) -> bool:
         """Whether the moment came before the end."""
