@@ -32,7 +32,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.state import State
 from dllm_toolkit.types import ModelSpec, Result
 
-COUNTS = tuple(item.name for item in fields(Stats) if item.name not in ("seconds", "extra"))
+COUNTS = tuple(item.name for item in fields(Stats) if item.name not in ("seconds", "warm_up", "extra"))
 Text = str | tuple[int, ...]
 """Words, encoded on their own by the model's tokenizer, or token ids."""
 
@@ -107,7 +107,7 @@ class Staged(Driver):
             raise DecodeError("staged takes no templates. Each stage pins what the stages before it wrote. Write max_new_tokens.")
         budgets, seeds = answer_lengths(prompts, max_new_tokens, None), row_seeds(seed, len(prompts))
         check_prompts(model.spec, prompts, budgets)
-        seconds = 0.0
+        seconds = warm_up = 0.0
         rows = [_Row(list(prompt), budget, key) for prompt, budget, key in zip(prompts, budgets, seeds, strict=True)]
         for number, stage in enumerate(self.stages):
             live = [row for row in rows if row.live]
@@ -126,10 +126,11 @@ class Staged(Driver):
                 throw=throw,
             )
             seconds += output.stats.seconds
+            warm_up += output.stats.warm_up
             last = number + 1 == len(self.stages)
             for index, row in enumerate(live):
                 row.take(output, index, _ids(model, stage.until), None if last else _ids(model, stage.append), model.spec)
-        return _package(rows, output.canvas.device, seconds, model.spec)
+        return _package(rows, output.canvas.device, seconds, warm_up, model.spec)
 
 
 class _Row:
@@ -176,7 +177,7 @@ class _Row:
         self.given += len(append)
 
 
-def _package(rows: Sequence[_Row], device: torch.device, seconds: float, spec: ModelSpec) -> Output:
+def _package(rows: Sequence[_Row], device: torch.device, seconds: float, warm_up: float, spec: ModelSpec) -> Output:
     """The rows as one Output on one canvas."""
     filler = spec.eos_ids[0] if spec.eos_ids else spec.pad_id
     length = max(len(row.prompt) + row.budget for row in rows)
@@ -200,6 +201,7 @@ def _package(rows: Sequence[_Row], device: torch.device, seconds: float, spec: M
         stats=Stats(
             **{name: [row.counts[name] for row in rows] for name in COUNTS},
             seconds=seconds,
+            warm_up=warm_up,
             extra={"given": [row.given for row in rows], "stages": [row.stages for row in rows]},
         ),
     )
