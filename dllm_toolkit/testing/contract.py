@@ -88,12 +88,12 @@ def fits(decoder: Decoder, cache: Cache, toy: Toy) -> str | None:
     return None
 
 
-def bench(decoder: Decoder, cache: Cache, toy: Toy, idle: int = 0) -> Bench:
-    """A workplace for the checks."""
+def bench(decoder: Decoder, cache: Cache, toy: Toy, idle: int = 0, alone: tuple[int, ...] | None = None) -> Bench:
+    """A workplace for the checks. alone: rows that are also decoded alone; None: all."""
     # With a shift a position is read from its predecessor's hidden row, which depends on the context even on one layer: an
     # approximate cache may then reuse a stale one, so C1 is promised for exact caches only.
     exact = toy.model.spec.shift == 0 or cache.exact
-    return Bench(decoder, cache, toy.model, toy.shallow if exact else None, idle=idle)
+    return Bench(decoder, cache, toy.model, toy.shallow if exact else None, idle=idle, alone=alone)
 
 
 def title(check_function: Check) -> str:
