@@ -90,7 +90,7 @@ def measured(row: Row, run: RunOptions, device: torch.device) -> Rate:
         model.to(device=device, dtype=getattr(torch, run.dtype))
     output, room = None, Room(1, lambda *_: None)
     # Only the first call loads kernels and compiles; the CPU has too little of that to pay a second decode for.
-    for _ in range(2 if run.compile or device.type != "cpu" else 1):
+    for _ in range(2 if run.compile is True or device.type != "cpu" else 1):
         ((_, output),) = room.parts([0], functools.partial(_decode, row, run=run))
     for model in row.models if device.type != "cpu" else ():
         model.to("cpu")
