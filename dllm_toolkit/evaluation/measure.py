@@ -44,8 +44,8 @@ class RunOptions:
 
     max_new_tokens: budget of the answer. batch_size: problems decoded together. seed: problem i uses seed + i. device: cpu, cuda, cuda:1,
     or auto (cuda if there is one). threads: CPU threads, null for torch's own choice. warm_up: problems decoded before the clock starts,
-    rounded up to whole batches. compile: compiled steps, on a GPU recorded and replayed; auto: on a GPU, for models that can be recorded. The
-    first decode of a shape takes half a minute then, and the others a tenth of the time or less.
+    rounded up to whole batches. compile: compiled steps, on a GPU recorded and replayed; auto: on a GPU, for models that can be recorded.
+    The first decode of a shape takes half a minute then (which is not counted), and the others a fraction of their time.
     """
 
     max_new_tokens: int = 96
