@@ -269,20 +269,21 @@ class Engine:
             return answer
         alone: list[tuple[int, Tensor]] = []
         left: Part | None = None
+        flat: int | None = None
         if len(counts) > 4 and self._core is self.model:
-            width, apart = rounds.widths_of(counts[2:-1], self.widths)
+            width, flat, apart = rounds.shape_of(counts[2:-1], self.widths)
             if apart:
                 part = Part.of(state, region, seen)
                 alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec)) for row in apart]
                 left = part.without(apart)
-        name = ("forward", width, reads) if left is None else ("forward", width, reads, "rest")
+        name = ("forward", width, reads, flat, left is None)
         unit = self._space.units.get(name)
         if unit is None:
             prepare, after = torch.compile(rounds.prepare, fullgraph=True, dynamic=False), self._after()
             after, run = torch.compile(after, fullgraph=True, dynamic=False), self._forward
 
             def forward(state: State, region: Region, seen: Look, memory: Memory, left: Part | None) -> Answer:
-                query, where = prepare(spec, width, reads, slots, Part.of(state, region, seen) if left is None else left)
+                query, where = prepare(spec, width, reads, slots, Part.of(state, region, seen) if left is None else left, flat)
                 logits = run(query, kv)
                 copy_all(zip(leaves(memory), leaves(after(state, region, seen, memory)), strict=True))
                 return Answer(logits, where)
