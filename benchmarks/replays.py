@@ -51,7 +51,8 @@ def steps(model: Transformer, repeats: int = 20) -> dict[str, dict[str, float]]:
             for recording in unit.recordings.values():
                 milliseconds = round(seconds_of(recording.replay, repeats) * 1e3, 4)
                 if isinstance(name, tuple) and name[0] == "forward":
-                    found["forward"][f"{name[1]}, {name[2]}"] = milliseconds
+                    flat = "" if name[3] is None else f", {name[3]} flat"
+                    found["forward"][f"{name[1]}, {name[2]}{flat}"] = milliseconds
                 elif isinstance(name, tuple):
                     found["look"]["plan"] = milliseconds
                 elif getattr(name, "__name__", "") == "look":

@@ -155,6 +155,9 @@ BIBLIOGRAPHY: dict[str, Reference] = {
     "2211.17192": Reference(
         "Fast Inference from Transformers via Speculative Decoding", _names("Yaniv Leviathan", "Matan Kalman", "Yossi Matias")
     ),
+    "2410.17891": Reference(
+        "Scaling Diffusion Language Models via Adaptation from Autoregressive Models", _names("Shansan Gong", "Shivam Agarwal", "others")
+    ),
     "2410.18514": Reference(
         "Scaling up Masked Diffusion Models on Text",
         _names("Shen Nie", "Fengqi Zhu", "Chao Du", "Tianyu Pang", "Qian Liu", "Guangtao Zeng", "Min Lin", "Chongxuan Li"),

@@ -1,4 +1,4 @@
-"""The `dllm-toolkit` command: compare, harness, generate, train, list, show, check, golden, doctor.
+"""The `dllm-toolkit` command: compare, harness, report, generate, watch, train, list, show, check, golden, doctor.
 
 Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
 is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_toolkit import __version__
-from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.errors import SaidElsewhere, ToolkitError
 
 # In the order in which `check` looks for a name that several kinds use.
 _CHECKABLE = ("decoder", "cache", "schedule", "propose", "commit", "revise", "stop", "driver")
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dllm-toolkit list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SaidElsewhere:
+        return 2
     except ToolkitError as problem:
         print(problem, file=sys.stderr)
         return 2
@@ -97,6 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "compare recipes/quickstart.yaml",
         "compare recipes/quickstart.yaml task.size=8 output=runs/small",
         "compare recipes/compare/sweep.yaml --dry-run",
+        "compare recipes/quickstart.yaml run.device=cuda     # on 8 GPUs: torchrun --nproc_per_node 8 -m dllm_toolkit compare ...",
     )
     takes_recipe(compare)
     compare.add_argument("--dry-run", action="store_true", help="check everything, say what it will cost, and stop")
@@ -112,6 +115,42 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     takes_recipe(harness)
     harness.add_argument("--tasks", metavar="NAME,NAME", help="the harness's own names; instead of the recipe's `tasks`")
+    reporting = add(
+        "report",
+        _report,
+        "join runs into one table, with intervals and tests",
+        "A row a configuration of every run (folders of compare, sweeps and harness): 95 % intervals, tests against a\n"
+        "baseline on the same problems, sweeps as curves with their AUP. Runs that were counted differently are\n"
+        "refused, with the fields that differ and what to do.",
+        "report runs/quickstart runs/mine",
+        "report runs/compare-sweep --baseline vanilla --rows 'd2f*' --rows vanilla",
+        "report runs/one runs/eight --vary run.batch_size --out batches.html --tensorboard runs/batches",
+    )
+    reporting.add_argument("runs", metavar="RUN", nargs="+", help="a folder that compare or harness wrote, or a ledger.jsonl")
+    reporting.add_argument(
+        "--format", choices=("terminal", "markdown", "csv", "json", "html"), help="default: by the suffix of --out, else terminal"
+    )
+    reporting.add_argument("--out", metavar="FILE", help="write the report there instead of to stdout")
+    reporting.add_argument(
+        "--baseline", metavar="NAME", help="the row to test against; default: the run's own baseline, else the first row"
+    )
+    reporting.add_argument(
+        "--rows", metavar="NAME", action="append", default=[], help="only these rows; * stands for anything; can be repeated"
+    )
+    reporting.add_argument("--shared-problems", action="store_true", help="compare the problems that all rows hold, though some hold more")
+    reporting.add_argument(
+        "--drop-incomparable",
+        action="store_true",
+        help="leave out columns that were counted differently, where others are still comparable",
+    )
+    reporting.add_argument(
+        "--vary",
+        metavar="FIELD",
+        action="append",
+        default=[],
+        help="a field that the runs vary on purpose, such as run.batch_size; a column",
+    )
+    reporting.add_argument("--tensorboard", metavar="DIR", help="also write TensorBoard files: all rows in one hparams view")
     generate = add(
         "generate",
         _generate,
@@ -126,6 +165,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     takes_recipe(generate)
     generate.add_argument("--trace", action="store_true", help="show the text after every step, on stderr")
+    watch = add(
+        "watch",
+        _watch,
+        "watch an answer being decoded, step by step",
+        "Shows every step in the terminal: blocks, what was committed, how sure the model was, what was\n"
+        "changed or taken back. RECIPE is one of compare (its configurations on one problem of its task)\n"
+        "or of generate (its prompt), or a file that --json wrote. --html writes one page that needs no\n"
+        "network, with a slider and the decoders side by side.",
+        "watch recipes/quickstart.yaml --decoder d2f --decoder fast_dllm",
+        "watch recipes/quickstart.yaml --problem 3 --speed 0 --html trace.html --gif trace.gif",
+        "watch recipes/decode/d2f_llada.yaml prompt='Hello' --json trace.json",
+        "watch trace.json --html trace.html",
+    )
+    takes_recipe(watch)
+    watch.add_argument("--problem", metavar="N", help="number of the problem or prompt, from 0, or a problem's id; default: 0")
+    watch.add_argument("--decoder", metavar="NAME", action="append", default=[], help="only this configuration; may be given again")
+    watch.add_argument("--speed", metavar="X", type=float, default=5.0, help="steps a second on a terminal; 0: no pauses; default: 5")
+    for kind, what in (("html", "a page"), ("gif", "an animation"), ("json", "the trace as data")):
+        watch.add_argument(f"--{kind}", metavar="FILE", type=Path, help=f"write {what}")
     takes_recipe(
         add(
             "train",
@@ -208,10 +266,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse ends a list of positionals at the first option: `generate x.yaml --trace prompt=...`.
-    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+    repeated = next((name for name in ("overrides", "runs") if hasattr(arguments, name)), None)
+    if rest and (repeated is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
+    if rest and repeated is not None:
+        setattr(arguments, repeated, [*getattr(arguments, repeated), *rest])
     return arguments
 
 
@@ -225,11 +284,32 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _harness(arguments: argparse.Namespace) -> int:
     from dllm_toolkit.evaluation.harness import HarnessRecipe, run_harness
+    from dllm_toolkit.evaluation.processes import require_alone
 
+    require_alone("harness")
     if arguments.tasks is not None:
         arguments.overrides = [*arguments.overrides, f"tasks=[{arguments.tasks}]"]
     recipe = _load(arguments, HarnessRecipe)
     run_harness(recipe, recipe.build(HarnessRecipe))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit.evaluation.joined_report import ReportRequest, run_report
+
+    run_report(
+        ReportRequest(
+            runs=[Path(run) for run in arguments.runs],
+            form=arguments.format,
+            out=None if arguments.out is None else Path(arguments.out),
+            baseline=arguments.baseline,
+            rows=arguments.rows,
+            shared_problems=arguments.shared_problems,
+            drop_incomparable=arguments.drop_incomparable,
+            vary=arguments.vary,
+            tensorboard=None if arguments.tensorboard is None else Path(arguments.tensorboard),
+        )
+    )
     return 0
 
 
@@ -241,14 +321,44 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from dllm_toolkit import recipe
+    from dllm_toolkit.evaluation.watch import WatchOptions, replay, run_watch
+
+    options = WatchOptions(
+        problem=arguments.problem or "0",
+        decoders=tuple(arguments.decoder),
+        speed=arguments.speed,
+        html=arguments.html,
+        gif=arguments.gif,
+        json=arguments.json,
+    )
+    if arguments.recipe.endswith(".json"):
+        if arguments.overrides or arguments.problem is not None:
+            raise ToolkitError(
+                f"{arguments.recipe} is a trace of what was decoded, got {' '.join(arguments.overrides) or '--problem'} to change it. "
+                "Write the recipe instead to decode anew."
+            )
+        replay(Path(arguments.recipe), options)
+        return 0
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    root = _root_of(loaded.tree)
+    loaded = loaded.checked(root)
+    run_watch(loaded, loaded.build(root), options)
+    return 0
+
+
 def _train(arguments: argparse.Namespace) -> int:
     _require_lightning("training")
     from dllm_toolkit import recipe
+    from dllm_toolkit.evaluation.processes import require_alone
     from dllm_toolkit.training.filter import FilterRecipe, run_filter_training
     from dllm_toolkit.training.reinforce import PolicyRecipe, run_policy_training
     from dllm_toolkit.training.run import TrainRecipe, run_training
 
     loaded = recipe.load(arguments.recipe, arguments.overrides)
+    if "filter" in loaded.tree or "policy" in loaded.tree:
+        require_alone("training a filter" if "filter" in loaded.tree else "training on rewards")
     if "filter" in loaded.tree:
         loaded = loaded.checked(FilterRecipe)
         run_filter_training(loaded, loaded.build(FilterRecipe))

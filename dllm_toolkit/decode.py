@@ -33,12 +33,12 @@ Template = Sequence[int | None]
 
 @dataclass(frozen=True)
 class Stats:
-    """The account of a decode, one number a row, except `seconds` (wall time of the loop, prefill included).
+    """The account of a decode, one number a row, except `seconds` (wall time of the loop, prefill included, `warm_up` not).
 
     nfe: forwards until the row finished. lanes: query tokens over all of them. steps: decoder steps. commits: positions decided by the
     method (fill not counted). forced: commits that happened only because progress is promised. edits: decided positions that changed.
     computed: query tokens that really ran, a mean over the model's layers; fewer than `lanes` where a wrapper answers from memory.
-    warm_up: the seconds among them that went into compiling and recording graphs (the first decode of a shape on a GPU).
+    warm_up: further seconds that went into compiling and recording graphs (the first decode of a shape on a GPU).
     extra: what else a driver counts, by name, one number a row.
     """
 
@@ -131,7 +131,7 @@ def loop(
     clock = time.perf_counter()
     with torch.inference_mode():
         for _ in range(limit):
-            after = step(engine, state)
+            after = compilable(step, engine, state)
             if engine.finished(after):
                 break
             state = after
@@ -141,6 +141,20 @@ def loop(
             state = _cut(state, limit, throw)
         _synchronise(state)
     return _package(state, engine, budget, time.perf_counter() - clock)
+
+
+def compilable(step: Callable[[Engine, State], State], engine: Engine, state: State) -> State:
+    """One step. Raises DecodeError where a part cannot be compiled, with the compiler's reason."""
+    try:
+        return step(engine, state)
+    except Exception as error:
+        if not engine.compile or not type(error).__module__.startswith("torch._dynamo"):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DecodeError(
+            f"a part of this decode cannot be compiled, got: {' '.join(lines[:3])[:400]} Compiled rules may not read a tensor on the host "
+            "(.item(), `if` on a tensor). Write compile: false, or test the part with dllm-toolkit check."
+        ) from error
 
 
 def trace(
@@ -343,7 +357,7 @@ def _package(state: State, engine: Engine, budget: list[int], seconds: float) ->
             forced=state.forced.tolist(),
             edits=state.edits.tolist(),
             computed=engine.computed.tolist(),
-            seconds=seconds,
+            seconds=max(seconds - engine.warm_up, 0.0),
             warm_up=engine.warm_up,
         ),
     )

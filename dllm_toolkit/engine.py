@@ -19,6 +19,7 @@ The second form, and the shadows of a canvas (positions that are asked anew, the
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -268,20 +269,21 @@ class Engine:
             return answer
         alone: list[tuple[int, Tensor]] = []
         left: Part | None = None
+        flat: int | None = None
         if len(counts) > 4 and self._core is self.model:
-            width, apart = rounds.widths_of(counts[2:-1], self.widths)
+            width, flat, apart = rounds.shape_of(counts[2:-1], self.widths)
             if apart:
                 part = Part.of(state, region, seen)
                 alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec)) for row in apart]
                 left = part.without(apart)
-        name = ("forward", width, reads) if left is None else ("forward", width, reads, "rest")
+        name = ("forward", width, reads, flat, left is None)
         unit = self._space.units.get(name)
         if unit is None:
             prepare, after = torch.compile(rounds.prepare, fullgraph=True, dynamic=False), self._after()
             after, run = torch.compile(after, fullgraph=True, dynamic=False), self._forward
 
             def forward(state: State, region: Region, seen: Look, memory: Memory, left: Part | None) -> Answer:
-                query, where = prepare(spec, width, reads, slots, Part.of(state, region, seen) if left is None else left)
+                query, where = prepare(spec, width, reads, slots, Part.of(state, region, seen) if left is None else left, flat)
                 logits = run(query, kv)
                 copy_all(zip(leaves(memory), leaves(after(state, region, seen, memory)), strict=True))
                 return Answer(logits, where)
@@ -294,9 +296,14 @@ class Engine:
 
     def _alone(self, part: Part, count: int, reads: int, row: int, spec: ModelSpec) -> Tensor:
         """A forward of one row, which alone would make the others' wide. Not recorded: that many lanes hide the launches."""
-        kv = self.kv
-        query, _ = rounds.prepare(spec, self._widths(count, 0, part.tokens.shape[1])[0], reads, kv.slots, part)
-        return self._forward(query, kv.row(row))
+        kv, width = self.kv, self._widths(count, 0, part.tokens.shape[1])[0]
+        query, _ = rounds.prepare(spec, width, reads, kv.slots, part)
+        clock = time.perf_counter()
+        logits = self._forward(query, kv.row(row))
+        if ("alone", width, reads) not in self._space.units:  # compiled just now
+            self._space.units["alone", width, reads] = self._forward
+            self._pool.seconds += time.perf_counter() - clock
+        return logits
 
     def _spread(self, state: State, region: Region, seen: Look, counts: list[int]) -> Answer:
         """A forward over several canvases of a row, or over a canvas and its shadows."""
@@ -403,3 +410,10 @@ def canvas_length(length: int, device: torch.device) -> int:
     """
     step = 256 if device.type == "cuda" and length > 128 else 128 if device.type == "cuda" else 64
     return -(-length // step) * step
+
+
+def whether_to_compile(choice: bool | Literal["auto"], model: Model) -> bool:
+    """`choice`; "auto": on a GPU, if the model's forward can be recorded."""
+    device = getattr(model, "device", None)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    return (on_gpu and recordable(model) is not None) if choice == "auto" else choice

@@ -9,3 +9,7 @@ from __future__ import annotations
 
 class ToolkitError(ValueError):
     """What the user gave cannot work; the message says what is wrong, why, and what to write instead."""
+
+
+class SaidElsewhere(ToolkitError):
+    """An error that another process of the run prints: this one ends without repeating it."""

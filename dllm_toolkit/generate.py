@@ -19,6 +19,7 @@ from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decode import check_prompts
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
+from dllm_toolkit.engine import whether_to_compile
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import answer_tokens
 from dllm_toolkit.evaluation.pictures import plural
@@ -35,7 +36,8 @@ class GenerateError(ToolkitError):
 class GenerateOptions:
     """How to decode. Prompt i uses seed + i.
 
-    dtype, device (cpu, cuda, cuda:1, or auto: cuda if there is one): null leaves the model as it was loaded.
+    dtype, device (cpu, cuda, cuda:1, or auto: cuda if there is one): null leaves the model as it was loaded. compile: compiled steps; auto:
+    on a GPU, where the first decode takes half a minute longer and all others a fraction of the time.
     """
 
     max_new_tokens: int = 96
@@ -43,7 +45,7 @@ class GenerateOptions:
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     device: str | None = None
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -81,11 +83,22 @@ class GenerateRecipe:
             )
 
 
-def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False) -> list[str]:
-    """Decode the recipe's prompts and print the answers to stdout; returns them.
+@dataclass(frozen=True)
+class Prepared:
+    """A generation that can start: the model, on its device, the driver with its other models, and the prompts as text (if any) and ids."""
 
-    Raises ToolkitError before the first forward for a missing or empty prompt, a device that is not there,
-    and a decoder, cache and model that do not fit each other.
+    model: Any
+    tokenizer: Any
+    driver: Driver
+    texts: tuple[str, ...]
+    encoded: tuple[list[int], ...]
+
+
+def prepare(recipe: Recipe, built: GenerateRecipe) -> Prepared:
+    """Load and check everything.
+
+    Raises ToolkitError for a missing or empty prompt, a device that is not there, and a decoder, cache and model that do not fit each
+    other.
     """
     texts, given = _prompts(recipe, built)
     with _placed(recipe, "run", "device"):
@@ -122,17 +135,24 @@ def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False
     model = model.to(device=device, dtype=dtype)
     for one in others.values():
         one.to(device=device, dtype=dtype)  # modules move in place, and the driver holds these very ones
+    return Prepared(model, tokenizer, driver, tuple(texts), tuple(encoded))
+
+
+def run_generation(recipe: Recipe, built: GenerateRecipe, *, trace: bool = False) -> list[str]:
+    """Decode the recipe's prompts and print the answers to stdout; returns them. Raises what `prepare` raises before the first forward."""
+    ready = prepare(recipe, built)
+    model, tokenizer = ready.model, ready.tokenizer
     answers: list[str] = []
-    for start in range(0, len(encoded), built.run.batch_size):
-        rows = encoded[start : start + built.run.batch_size]
-        output = driver.run(
+    for start in range(0, len(ready.encoded), built.run.batch_size):
+        rows = ready.encoded[start : start + built.run.batch_size]
+        output = ready.driver.run(
             model,
             built.decoder,
             rows,
             max_new_tokens=built.run.max_new_tokens,
             cache=built.cache,
             seed=built.run.seed + start,
-            compile=built.run.compile,
+            compile=whether_to_compile(built.run.compile, model),
             callback=_tracer(tokenizer, start) if trace else None,
         )
         for row, ids in enumerate(output.tokens):

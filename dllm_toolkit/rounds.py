@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dllm_toolkit import sheets
 from dllm_toolkit.cache.base import Cache, Plan
-from dllm_toolkit.models.base import Query
+from dllm_toolkit.models.base import Flat, Query
 from dllm_toolkit.ops import lanes, masks
 from dllm_toolkit.state import Region, State
 from dllm_toolkit.types import Canvas, ModelSpec, PyTree, Tokens
@@ -96,10 +96,13 @@ class Part(NamedTuple):
         return self._replace(compute=compute)
 
 
-def prepare(spec: ModelSpec, width: int, reads: int, slots: int, part: Part) -> tuple[Query, Int[Tensor, "B R"]]:
+def prepare(
+    spec: ModelSpec, width: int, reads: int, slots: int, part: Part, flat: int | None = None
+) -> tuple[Query, Int[Tensor, "B R"]]:
     """The query of a forward in which every lane has the slot of its position, and the positions that are read.
 
-    slots: of a row of the buffer; the last one is the trash slot, those between it and the canvas are never used.
+    slots: of a row of the buffer; the last one is the trash slot, those between it and the canvas are never used. flat: the number of live
+    lanes of all rows, or more, if they are to be computed one behind the other.
     """
     length, trash = part.tokens.shape[1], slots - 1
     positions = lanes.pack(part.compute, width)  # [B, W]
@@ -116,34 +119,67 @@ def prepare(spec: ModelSpec, width: int, reads: int, slots: int, part: Part) -> 
         allow=allow,
         read=sheets.source(where, spec.shift, length),
         prompt=positions < part.begin.unsqueeze(1),
+        flat=None if flat is None else _flat(positions < length, flat),
     )
     return query, where
 
 
+def _flat(live: Bool[Tensor, "B W"], count: int) -> Flat:
+    # There is a dead lane wherever there are fewer live ones than flat places: it fills them, and ends in the trash slot of its row.
+    dead = (~live).flatten().long().argmax()
+    lane = lanes.pack(live.view(1, -1), count).view(-1)
+    place = (live.flatten().cumsum(0) - 1).clamp(min=0, max=count - 1).view_as(live)
+    return Flat(torch.where(lane < live.numel(), lane, dead), place)
+
+
 LANES_OF_A_FLOOR = 256
 """Forwards of fewer lanes take no less time: they wait for the weights. Hardware of 2022 to 2025: some 200 to 300 operations a byte."""
+SHARE_OF_ATTENTION = 0.15
+"""What a dead lane costs that only attention computes, in live lanes: few operations in a slow kernel. An estimate."""
 
 
-def widths_of(counts: Sequence[int], widths: Sequence[int]) -> tuple[int, list[int]]:
-    """The width of a forward of all rows, and the rows that get a forward of their own before it, because they alone would widen it.
+class Shape(NamedTuple):
+    """Sizes of a forward: lanes of a row, flat lanes of all rows (None: not flat), and rows that get a forward of their own before it."""
 
-    The cheapest choice, if a forward costs its lanes, dead ones included, and no less than `LANES_OF_A_FLOOR`.
-    """
+    width: int
+    flat: int | None
+    apart: list[int]
 
-    def cost(lanes: int) -> int:
-        return max(lanes, LANES_OF_A_FLOOR)
+
+def shape_of(counts: Sequence[int], widths: Sequence[int]) -> Shape:
+    """The cheapest way to compute so many lanes of each row: one forward, or rows that alone would make it wide on their own before it."""
 
     def fitting(count: int) -> int:
         return next(width for width in widths if width >= count)
 
-    most = fitting(max(counts))
-    best, chosen, apart = cost(len(counts) * most), most, list[int]()
+    def one(count: int) -> float:
+        return max(count, LANES_OF_A_FLOOR)
+
+    def whole(width: int, total: int) -> tuple[float, int | None]:
+        padded, flat = len(counts) * width, _coarse(total)
+        if flat >= padded:
+            return one(padded), None
+        return one(flat) + SHARE_OF_ATTENTION * padded, flat
+
+    best: tuple[float, Shape] | None = None
     for width in widths:
         wide = [row for row, count in enumerate(counts) if count > width]
-        total = cost(len(counts) * width) + sum(cost(fitting(counts[row])) for row in wide)
-        if width < most and len(wide) < len(counts) and total < best:
-            best, chosen, apart = total, width, wide
-    return chosen, apart
+        if len(wide) == len(counts):
+            continue
+        cost, flat = whole(width, sum(count for count in counts if count <= width))
+        cost += sum(one(fitting(counts[row])) for row in wide)
+        if best is None or cost <= best[0]:
+            best = cost, Shape(width, flat, wide)
+        if not wide:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _coarse(count: int) -> int:
+    """The smallest of 256, 384, 512, 768, 1024, 1536, ... that is enough: few sizes, few graphs."""
+    power = max(256, 1 << (count - 1).bit_length())
+    return power * 3 // 4 if power > 256 and power * 3 // 4 >= count else power
 
 
 def after(cache: Cache, branches: int, state: State, region: Region, seen: Look, memory: Memory) -> Memory:

@@ -28,6 +28,7 @@ from dllm_toolkit.decode import (
     _templates,
     answer_lengths,
     check_prompts,
+    compilable,
     engine_of,
     row_seeds,
 )
@@ -183,7 +184,7 @@ def _run(
     while any(one is not None for one in here):
         # Inference mode ends at every `yield`: it is the caller's business what runs there.
         with torch.inference_mode():
-            state = decoder.step(engine, state)
+            state = compilable(decoder.step, engine, state)
             if callback is not None:
                 callback(trees.over(torch.clone, state) if engine.compile else state)
             done, steps = torch.stack((state.done.long(), state.step)).tolist()  # the second host read of a step

@@ -25,10 +25,10 @@ class LayerBuffer(NamedTuple):
     values: Float[Tensor, "BS HD"]
 
     def write(
-        self, index: Int[Tensor, "BW"], keys: Float[Tensor, "B W H D"], values: Float[Tensor, "B W H D"]
+        self, rows: int, index: Int[Tensor, "N"], keys: Float[Tensor, "*lanes H D"], values: Float[Tensor, "*lanes H D"]
     ) -> tuple[Float[Tensor, "B S H D"], Float[Tensor, "B S H D"]]:
-        """Store new keys and values in place; return the whole buffers."""
-        rows, _, heads, size = keys.shape
+        """Store new keys and values of N lanes in place; return the whole buffers, by row."""
+        heads, size = keys.shape[-2:]
         for whole, new in zip(self, (keys, values), strict=True):
             whole.index_copy_(0, index, new.reshape(index.numel(), -1))  # whole rows: a plain memcpy per lane on every backend
         return self.keys.view(rows, -1, heads, size), self.values.view(rows, -1, heads, size)

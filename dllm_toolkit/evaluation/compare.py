@@ -3,7 +3,7 @@
 Everything that can be wrong is found before the first forward and before anything is written: names, baselines, the fit of decoder,
 cache and model, prompts against the model's positions, a ledger of another recipe. Each model is loaded once. Configurations run one
 after the other in the order of the recipe, each with its own warm-up that no clock sees. A run that was killed continues where its
-ledger ends when the same command is given again.
+ledger ends when the same command is given again. Processes that torchrun starts share the batches (processes.py, shards.py).
 """
 
 import contextlib
@@ -23,9 +23,10 @@ from dllm_toolkit.decode import check_prompts
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.drivers.base import Denoise, Driver, with_loaded
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation import cost, ledger, provenance, report
-from dllm_toolkit.evaluation.ledger import Header, Record, Summary
+from dllm_toolkit.evaluation import cost, ledger, provenance, report, shards
+from dllm_toolkit.evaluation.ledger import Event, Header, Record, Summary
 from dllm_toolkit.evaluation.measure import CompareError, Row, RunOptions, Templates, fill, find_device
+from dllm_toolkit.evaluation.processes import Processes, joined
 from dllm_toolkit.evaluation.report import ReportOptions
 from dllm_toolkit.evaluation.tasks import Gap, Problem, Task
 from dllm_toolkit.models.base import Model
@@ -107,37 +108,72 @@ def run_comparison(recipe: Recipe, built: CompareRecipe, *, dry_run: bool = Fals
     """Run or continue a comparison; table and JSON line on stdout, progress on stderr, files into `built.output`.
 
     dry_run: check everything, print what it would cost on stdout, and stop: no summaries, and nothing is written. A sweep's cost is printed
-    before it starts in any case. Errors: ToolkitError before the first forward; nothing is written then.
+    before it starts in any case. Of several processes (torchrun) each measures its share, and the first reports; the others return nothing.
+    Errors: ToolkitError before the first forward; nothing is written then.
     """
-    _require_different(recipe, built)
-    with _placed(recipe, "run", "device"):
-        device = find_device(built.run.device)
+    with joined() as here:
+        return _compare(recipe, built, here, dry_run)
+
+
+def _compare(recipe: Recipe, built: CompareRecipe, here: Processes, dry_run: bool) -> list[Summary]:
     threads = torch.get_num_threads()
+    path = built.output / "ledger.jsonl"
     try:
-        if built.run.threads is not None:
-            torch.set_num_threads(built.run.threads)
-        with _placed(recipe, "task"):
-            built.task.ready()
-            problems = _problems(built.task)
-        rows = _rows(recipe, built, problems)
-        header = _header(recipe, built, rows, problems, device)
-        path = built.output / "ledger.jsonl"
-        plan = (rows, recipe.tree["configurations"])
+        with here.together():
+            _require_different(recipe, built)
+            with _placed(recipe, "run", "device"):
+                device = find_device(built.run.device, here)
+            if built.run.threads is not None:
+                torch.set_num_threads(built.run.threads)
+            with _placed(recipe, "task"):
+                built.task.ready()
+                problems = _problems(built.task)
+            rows = _rows(recipe, built, problems)
+            own = _header(recipe, built, rows, problems, device)
+        header = here.share(own)
+        with here.together():
+            ledger.require_same(path, header, own)  # another machine's code or GPU would make another ledger
+            if dry_run and here.first:
+                plan = (rows, recipe.tree["configurations"], _held(path, header), len(problems), built.run, device)
+                cost.print_costs(cost.estimate(*plan), sys.stdout)
         if dry_run:
-            cost.print_costs(cost.estimate(*plan, _held(path, header), len(problems), built.run, device), sys.stdout)
             return []
-        with ledger.open_ledger(path, header) as book:
-            with ledger.written(built.output / "recipe.yaml"):
-                (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            if any(sweep.is_cell(row.name) for row in rows) and len(book.records) < len(rows) * len(problems):
-                cost.print_costs(cost.estimate(*plan, book.records, len(problems), built.run, device))
-            fill(book, rows, problems, built.task, built.run, device)
+        with shards.open_shared(path, header, here, [problem.id for problem in problems]) as (book, there):
+            with here.together():
+                if here.first:
+                    with ledger.written(built.output / "recipe.yaml"):
+                        (built.output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+                    if any(sweep.is_cell(row.name) for row in rows) and len(there) < len(rows) * len(problems):
+                        plan = (rows, recipe.tree["configurations"], there, len(problems), built.run, device)
+                        cost.print_costs(cost.estimate(*plan))
+            done = here.share({(record.configuration, record.problem) for record in there})
+            seconds = 0.0
+            with here.together():
+                seconds = fill(book, rows, problems, built.task, built.run, device, done=done, here=here)
+            took = here.gather(seconds)
+            with here.together():
+                if here.first and (answers := len(rows) * len(problems) - len(done)):
+                    book.note(_measured(answers, max(took), here))
     finally:
         torch.set_num_threads(threads)
+    return _report(built, path) if here.first else []
+
+
+def _measured(answers: int, seconds: float, here: Processes) -> Event:
+    by = "" if here.count == 1 else f" by {here.count} processes"
+    text = f"{answers} answers were decoded and graded in {seconds:.1f} s{by}, loading and warm-up excluded"
+    return Event("measured", text, values={"answers": answers, "processes": here.count, "seconds": seconds}, date=provenance.now())
+
+
+def _report(built: CompareRecipe, path: Path) -> list[Summary]:
     header, records = ledger.read(path)
     with ledger.written(built.output):
         summaries = report.write_reports(built.output, header, records, built.report)
     report.print_table(header, summaries)
+    for summary in summaries:
+        if summary.failed:
+            lacking = f"{summary.failed} of {summary.problems} problems have no answer, for want of memory, and count as wrong"
+            print(f"note: {summary.name}: {lacking}", file=sys.stderr)
     print(
         f"Written to {built.output}: {', '.join(sorted(item.name for item in built.output.iterdir()))}",
         file=sys.stderr,
@@ -150,7 +186,7 @@ def _held(path: Path, header: Header) -> list[Record]:
     """What a ledger holds of the run that `header` describes; a note if it is of another."""
     if not path.exists():
         return []
-    old, records = ledger.read(path)
+    old, records = shards.held(path)
     if (old.recipe_hash, dict(old.made_of), dict(old.made_on)) == (header.recipe_hash, dict(header.made_of), dict(header.made_on)):
         return records
     print(f"note: {path} belongs to another recipe, code or machine; the run would be refused. Add output=... to it", file=sys.stderr)
@@ -279,21 +315,27 @@ def _header(recipe: Recipe, built: CompareRecipe, rows: Sequence[Row], problems:
     return Header(
         recipe_hash=ledger.recipe_hash(recipe.tree),
         recipe=recipe.tree,
-        made_of={"code": provenance.code_fingerprint(parts), "problems": provenance.problems_fingerprint(problems), **weights},
+        made_of={
+            "code": provenance.code_fingerprint(parts),
+            "grader": provenance.grader_fingerprint(built.task),
+            "problems": provenance.problems_fingerprint(problems),
+            **weights,
+        },
         made_on={
             "device": provenance.device_name(device),
             "kind": device.type,
             "dtype": built.run.dtype,
-            "threads": torch.get_num_threads(),
+            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),  # torchrun sets one, which is nothing to a GPU
         },
         versions=provenance.versions(),
         commit=provenance.git_commit(),
         date=provenance.now(),
         batch_size=built.run.batch_size,
+        warm_up=built.run.warm_up,
         configurations=tuple(built.configurations),
         baselines={"autoregressive": built.baselines.autoregressive, "vanilla": built.baselines.vanilla},
         notes=(
             f"configurations were measured one after the other in this order: {', '.join(built.configurations)}",
-            f"warm-up of each: {built.run.warm_up} problems, not counted",
+            f"warm-up of each: {built.run.warm_up} problems, in whole batches, not counted",
         ),
     )

@@ -7,6 +7,7 @@ The figure is an estimate: a lower threshold may need half the forwards of a hig
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import IO, Any
 import torch
 
 from dllm_toolkit.evaluation.ledger import Record
-from dllm_toolkit.evaluation.measure import Row, RunOptions
+from dllm_toolkit.evaluation.measure import Row, RunOptions, _decode
+from dllm_toolkit.evaluation.room import Room
 from dllm_toolkit.recipe_hints import COMPONENT
 
 
@@ -86,20 +88,14 @@ def measured(row: Row, run: RunOptions, device: torch.device) -> Rate:
     """The rate of the row's first problem, decoded now by itself. On a GPU its models are on the CPU again afterwards."""
     for model in row.models:
         model.to(device=device, dtype=getattr(torch, run.dtype))
+    output, room = None, Room(1, lambda *_: None)
     # Only the first call loads kernels and compiles; the CPU has too little of that to pay a second decode for.
-    for _ in range(2 if run.compile or device.type != "cpu" else 1):
-        output = row.driver.run(
-            row.model,
-            row.decoder,
-            [list(row.prompts[0])],
-            max_new_tokens=run.max_new_tokens if row.templates is None else None,
-            templates=None if row.templates is None else [row.templates[0]],
-            cache=row.cache,
-            seed=[run.seed],
-            compile=run.compile,
-        )
+    for _ in range(2 if run.compile is True or device.type != "cpu" else 1):
+        ((_, output),) = room.parts([0], functools.partial(_decode, row, run=run))
     for model in row.models if device.type != "cpu" else ():
         model.to("cpu")
+    if output is None:
+        return Rate(0.0, 0.0, f"nothing: a problem of {row.name} does not fit into memory, alone")
     return Rate(float(output.stats.nfe[0]), output.stats.seconds, f"one problem of {row.name}, decoded alone")
 
 

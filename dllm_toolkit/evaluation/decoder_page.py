@@ -15,19 +15,19 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dllm_toolkit import registry
 from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.citations import BIBLIOGRAPHY, NUMBER, papers_of
 from dllm_toolkit.decoders.base import Decoder, Part, Revise
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation import ledger
+from dllm_toolkit.evaluation import curves, ledger
+from dllm_toolkit.evaluation.curves import Curve, Point, cache_of
+from dllm_toolkit.evaluation.curves import component as _component
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
 from dllm_toolkit.evaluation.left_out import LEFT_OUT
-from dllm_toolkit.evaluation.pictures import Curve, machine, pareto_figure, plural, sweep_figure
+from dllm_toolkit.evaluation.pictures import machine, pareto_figure, plural, sweep_figure
 from dllm_toolkit.evaluation.report import summaries_of
-from dllm_toolkit.recipe_hints import COMPONENT
+from dllm_toolkit.evaluation.statistics import Difference, paired
 
 TEMPLATES = frozenset({"block", "denoise"})
 """Registered names that are no method: the template decoder and the default driver."""
@@ -70,28 +70,6 @@ class Run:
         same = own["autoregressive"] is not None and self.configuration(name)["model"] == self.configuration(own["autoregressive"])["model"]
         found = own["autoregressive"] if same else self.against or own["vanilla"]
         return None if found == name or found not in {summary.name for summary in self.summaries} else found
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """raises, lowers or keeps."""
-        return "raises" if self.low > 0 else "lowers" if self.high < 0 else "keeps"
-
-
-def paired(one: Sequence[float], other: Sequence[float], resamples: int = 2000) -> Difference:
-    """`one` minus `other`, problem by problem; the bootstrap's seed is fixed."""
-    differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    draws = np.random.default_rng(0).integers(0, len(differences), size=(resamples, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), [0.025, 0.975])
-    return Difference(float(differences.mean()), float(low), float(high))
 
 
 def page(run: Run, sweep: Run | None, pictures: Mapping[str, str]) -> str:
@@ -237,7 +215,7 @@ def _results_section(run: Run, picture: str) -> str:
                 str(number),
                 f"`{summary.name}`",
                 _decoder_of(configuration),
-                _cache_name(_cache_of(configuration)),
+                _cache_name(cache_of(configuration)),
                 f"{_percent(summary.accuracy)} ({_percent(summary.accuracy_low)} to {_percent(summary.accuracy_high)})",
                 _percent(summary.exact),
                 f"{summary.tokens_per_forward:.2f}",
@@ -337,52 +315,22 @@ def _unlike(run: Run) -> tuple[str, ...]:
 
 
 def curves_of(run: Run) -> list[Curve]:
-    """Configurations that differ in the value of one argument of decoder or driver, as a curve; in the order of the ledger.
-
-    Same model, cache, decoder, driver and names of arguments, and one argument whose values differ.
-    """
-    groups: dict[str, list[Summary]] = {}
-    for summary in run.summaries:
-        configuration = run.configuration(summary.name)
-        key = [
-            configuration["model"],
-            _cache_of(configuration),
-            _component(configuration.get("driver")),
-            _component(configuration["decoder"]),
-        ]
-        groups.setdefault("|".join([*key, *sorted(_settings(configuration))]), []).append(summary)
-    found = []
-    for members in groups.values():
-        settings = [_settings(run.configuration(summary.name)) for summary in members]
-        varied = [name for name in settings[0] if len({str(setting[name]) for setting in settings}) > 1]
-        if len(varied) == 1:
-            slot, _, argument = varied[0].partition(".")
-            name = f"{_component(run.configuration(members[0].name)[slot])}, {argument}"
-            found.append(Curve(name, tuple(str(setting[varied[0]]) for setting in settings), tuple(members)))
-    return found
+    """The sweeps of a run as curves."""
+    points = [Point(summary, run.configuration(summary.name), run.configuration(summary.name)["model"]) for summary in run.summaries]
+    return curves.curves_of(points)
 
 
 def _sweep_section(run: Run, picture: str) -> str:
-    from dllm_toolkit.evaluation.metrics import area_under_parallelism
-
-    curves = curves_of(run)
-    single = [summary for summary in run.summaries if all(summary not in curve.summaries for curve in curves)]
-    best = {
-        "accuracy": max(100 * summary.accuracy for summary in run.summaries),
-        "exact": max(100 * summary.exact for summary in run.summaries),
-    }
+    found = curves_of(run)
+    single = [summary for summary in run.summaries if all(summary not in curve.summaries for curve in found)]
     rows = []
-    for curve in curves:
-        areas = {
-            what: area_under_parallelism([(one.tokens_per_forward, 100 * getattr(one, what)) for one in curve.summaries], best=best[what])
-            for what in best
-        }
+    for area in curves.areas(found, run.summaries):
         points = ", ".join(
             f"{setting}: {one.tokens_per_forward:.2f} at {_percent(one.accuracy)} ({_percent(one.exact)})"
-            for setting, one in zip(curve.settings, curve.summaries, strict=True)
+            for setting, one in zip(area.curve.settings, area.curve.summaries, strict=True)
         )
-        rows.append((curve.name, points, f"{areas['accuracy']:.0f}", f"{areas['exact']:.0f}"))
-    rows.sort(key=lambda row: -float(row[2]))
+        rows.append((area.curve.name, points, f"{area.accuracy:.0f}", f"{area.exact:.0f}"))
+    best = {what: max(100 * getattr(summary, what) for summary in run.summaries) for what in ("accuracy", "exact")}
     count = max(summary.problems for summary in run.summaries)
     others = ", ".join(f"`{one.name}` {one.tokens_per_forward:.2f} at {_percent(one.accuracy)} ({_percent(one.exact)})" for one in single)
     return "\n\n".join(
@@ -420,21 +368,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _decoder_of(configuration: Mapping[str, Any]) -> str:
     decoder, driver = _component(configuration["decoder"]), configuration.get("driver")
     return f"`{decoder}`" if driver is None else f"`{decoder}` under `{_component(driver)}`"
-
-
-def _cache_of(configuration: Mapping[str, Any]) -> str:
-    return _component(configuration.get("cache", "none"))
-
-
-def _component(node: Any) -> str:
-    return str(node[COMPONENT]) if isinstance(node, Mapping) else str(node)
-
-
-def _settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of decoder and driver, as `slot.argument`."""
-    nodes = {slot: configuration.get(slot) for slot in ("decoder", "driver")}
-    given = {slot: node for slot, node in nodes.items() if isinstance(node, Mapping)}
-    return {f"{slot}.{key}": value for slot, node in given.items() for key, value in node.items() if key != COMPONENT}
 
 
 def _first_line(entry: Any) -> str:

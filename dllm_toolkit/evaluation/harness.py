@@ -121,6 +121,7 @@ class Session:
             commit=provenance.git_commit(),
             date=provenance.now(),
             batch_size=built.run.batch_size,
+            warm_up=built.run.warm_up,
             configurations=tuple(dict.fromkeys(problem.meta["task"] for problem in problems)),
             notes=(f"{kind} requests of the evaluation harness", f"warm-up of each task: {built.run.warm_up} problems, not counted"),
         )

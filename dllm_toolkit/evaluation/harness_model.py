@@ -26,7 +26,7 @@ from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.harness import ANSWERS, LIKELIHOODS, Session, from_arguments, placed, threads
 from dllm_toolkit.evaluation.harness_tasks import HarnessError, HarnessTask
-from dllm_toolkit.evaluation.ledger import Ledger, Record
+from dllm_toolkit.evaluation.ledger import Record
 from dllm_toolkit.evaluation.likelihood import Likelihood, check_pairs, log_likelihoods
 from dllm_toolkit.evaluation.measure import Row, fill
 from dllm_toolkit.evaluation.tasks import Problem
@@ -129,9 +129,7 @@ class HarnessModel(TemplateLM):
         with threads(run), ledger.open_ledger(path, header) as book:
             self._keep_recipe()
             for task, row, budget in zip(tasks, rows, budgets, strict=True):
-                mine = tuple(record for record in book.records if record.configuration == row.name)
-                own = Ledger(book.path, mine, book.stream)
-                fill(own, [row], list(task.problems()), task, replace(run, max_new_tokens=budget), session.device)
+                fill(book.only(row.name), [row], list(task.problems()), task, replace(run, max_new_tokens=budget), session.device)
         texts = {record.problem: record.text for record in ledger.read(path)[1]}
         answers = [texts[f"{_task_name(instance)}-{instance.doc_id}"] for instance in requests]
         for instance, text in zip(requests, answers, strict=True):

@@ -1,8 +1,11 @@
 """The ledger: one JSON line a problem and configuration, and the only place that counts tokens, forwards and seconds.
 
+(Over 400 lines: what a line holds, how lines are counted, and how they reach the disk are one contract.)
+
 A comparison is only as good as its counting, so the rules stand here once (COUNTING) and travel in the header of every ledger.
 A ledger is appended to batch by batch, flushed and fsynced, and belongs to one recipe, one set of weights, one code, one machine:
-after a kill the same command continues where the file ends; anything else is refused and the file is left as it is.
+after a kill the same command continues where the file ends; anything else is refused and the file is left as it is. What happens to a
+run beside its answers (memory that ran out) is a line between batches, an `Event`. Several processes write a file each (shards.py).
 Tables, pictures and TensorBoard are made from a ledger alone.
 """
 
@@ -12,15 +15,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.answers import diversity, perplexity
 from dllm_toolkit.evaluation.order import global_order, local_order
+from dllm_toolkit.evaluation.statistics import accuracy_interval
 
 COUNTING: tuple[str, ...] = (
     "forwards (nfe): model invocations of a row until that row finished, prefill included",
@@ -29,12 +31,17 @@ COUNTING: tuple[str, ...] = (
     "tokens per second: sum of tokens / sum of wall seconds of the batches; prefill included, loading and warm-up excluded",
     "latency: wall seconds from handing over a batch to its last answer, mean over problems",
     "lanes: query tokens that went through the model for a row",
+    "peak memory: most bytes that tensors took on the GPU while a batch was decoded, models included; CPU: largest size of the process",
+    "failed: a problem that does not fit into memory even alone; it counts as wrong, and in no mean of forwards, tokens or seconds",
     "accuracy: share of problems whose final answer is right; interval: 95 % bootstrap over the problems",
     "diversity: entropy of the right answers' choices over the largest possible, mean over answers with a choice; 1 is even",
     "perplexity: exp of (sum of nats / sum of tokens) of the answers under the task's judge",
     "speed-up: ratio of tokens per second to the named baseline row of the same ledger",
 )
 """What every number in a ledger, a table or a picture means."""
+
+MEASURED = ("seconds", "batch_seconds", "peak_memory")
+"""What differs between two runs of one recipe on one machine; everything else of a record repeats where nothing is drawn at random."""
 
 PRESENTATION = frozenset({"output", "report", "sweep"})
 """Recipe keys that change where and how results are shown, never what they are: not part of the hash."""
@@ -56,11 +63,12 @@ class Header:
     commit: str | None = None
     date: str = ""
     batch_size: int = 1
+    warm_up: int = 0  # problems of each configuration that were decoded before its clock started
     configurations: tuple[str, ...] = ()
     baselines: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     counting: tuple[str, ...] = COUNTING
-    schema: int = 1
+    schema: int = 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,28 @@ class Record:
     raw_text: str = ""  # the same without regard to stop strings
     given: int = 0  # of `tokens`, those that stood in the answer without the model's doing: pinned by the task, or written by a driver
     extra: Mapping[str, Any] = field(default_factory=dict)
+    peak_memory: int | None = None  # bytes, of the batch; None where nobody can tell
+    failed: str = ""  # why there is no answer
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Of this row alone; 0 without a forward."""
+        return _ratio(self.tokens - self.given, self.nfe)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a run beside its answers. text: for people. values: for programs.
+
+    what: `out_of_memory` (values: batch_size, the largest of this configuration from here on), or `measured` (values: answers, processes,
+    seconds: wall time of decoding and grading without warm-up, in the process that took longest).
+    """
+
+    what: str
+    text: str
+    configuration: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +155,8 @@ class Summary:
     speedup_vs_vanilla: float | None = None
     diversity: float | None = None  # 0..1, of tasks whose answers have a choice
     perplexity: float | None = None  # of tasks with a judge
+    failed: int = 0  # of `problems`, those without an answer
+    peak_memory: int | None = None  # bytes
 
 
 def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
@@ -135,23 +167,6 @@ def answer_tokens(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
 def recipe_hash(resolved: Mapping[str, Any]) -> str:
     """Hex digest of a resolved recipe without its presentation keys; the order of keys does not matter."""
     return hashlib.sha256(_canonical(_counted_keys(resolved)).encode()).hexdigest()[:16]
-
-
-def accuracy_interval(correct: Sequence[bool], resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean, with a fixed seed.
-
-    Where all answers agree the bootstrap has no width; the exact binomial bound (Clopper-Pearson) stands in for it there.
-    """
-    count = len(correct)
-    values = np.asarray(correct, dtype=np.float64)
-    if count == 0:
-        return 0.0, 1.0
-    if values.min() == values.max():
-        bound = 0.025 ** (1.0 / count)
-        return (bound, 1.0) if values[0] else (0.0, 1.0 - bound)
-    draws = np.random.default_rng(0).integers(0, count, size=(resamples, count))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def summarise(records: Sequence[Record], *, autoregressive: str | None = None, vanilla: str | None = None) -> list[Summary]:
@@ -168,20 +183,24 @@ def summarise(records: Sequence[Record], *, autoregressive: str | None = None, v
 
 
 def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None, versus_vanilla: float | None) -> Summary:
-    count = len(rows)
+    problems = len(rows)
     low, high = accuracy_interval([r.correct for r in rows])
+    right, steps_right, exact = sum(r.correct for r in rows), sum(r.steps_right for r in rows), sum(r.exact for r in rows)
+    failed = sum(bool(r.failed) for r in rows)
+    rows = [r for r in rows if not r.failed]
+    count = max(1, len(rows))
     counted = [r.born[: r.tokens] for r in rows]  # the order of padding after the end says nothing
     return Summary(
         name=name,
-        problems=count,
-        accuracy=sum(r.correct for r in rows) / count,
+        problems=problems,
+        accuracy=right / problems,
         accuracy_low=low,
         accuracy_high=high,
-        steps_right=sum(r.steps_right for r in rows) / count,
-        exact=sum(r.exact for r in rows) / count,
+        steps_right=steps_right / problems,
+        exact=exact / problems,
         tokens_per_second=rate,
         tokens_per_forward=_ratio(sum(r.tokens - r.given for r in rows), sum(r.nfe for r in rows)),
-        tokens_per_forward_mean=sum(_ratio(r.tokens - r.given, r.nfe) for r in rows) / count,
+        tokens_per_forward_mean=sum(r.tokens_per_forward for r in rows) / count,
         nfe=sum(r.nfe for r in rows) / count,
         latency=sum(r.batch_seconds for r in rows) / count,
         lanes=sum(r.lanes for r in rows) / count,
@@ -190,35 +209,89 @@ def _summary(name: str, rows: list[Record], rate: float, versus_ar: float | None
         order_global=sum(global_order(born) for born in counted) / count,
         tokens=sum(r.tokens - r.given for r in rows),
         seconds=sum(r.seconds for r in rows),
-        batch_size=max(r.batch_rows for r in rows),
+        batch_size=max((r.batch_rows for r in rows), default=0),
         speedup_vs_ar=versus_ar,
         speedup_vs_vanilla=versus_vanilla,
         diversity=diversity([r.extra for r in rows]),
         perplexity=perplexity([(r.extra.get("judge_loss", 0.0), r.extra.get("judge_tokens", 0)) for r in rows]),
+        failed=failed,
+        peak_memory=max((r.peak_memory for r in rows if r.peak_memory is not None), default=None),
     )
 
 
+def but_for_times(records: Sequence[Record]) -> list[Record]:
+    """The records without what a clock or a memory counter said: what two runs of one recipe have in common."""
+    return [replace(record, **dict.fromkeys(MEASURED, 0)) for record in records]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a ledger holds. end: the byte at which its last whole batch or event ends; what lies behind it is not trusted."""
+
+    header: Header
+    records: list[Record]
+    events: list[Event]
+    end: int
+
+
 def read(path: Path) -> tuple[Header, list[Record]]:
-    """Header and records of whole batches. An unfinished last batch (a run that was killed) is left out."""
-    header, records, _ = _scan(path)
-    return header, records
+    """Header and records of whole batches; events are told in the header's notes. An unfinished last batch (a kill) is left out."""
+    found = contents(path)
+    return replace(found.header, notes=(*found.header.notes, *(event.text for event in found.events))), found.records
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """An open ledger: `records` were there when it was opened, `append` adds one batch and returns when it is on the disk."""
+    """An open ledger: `records` and `events` were there when it was opened; what is appended is on the disk when a method returns."""
 
     path: Path
     records: tuple[Record, ...]
     stream: IO[bytes]
+    events: tuple[Event, ...] = ()
 
     def append(self, batch: Sequence[Record]) -> None:
-        lines = b"".join(_line("record", asdict(record)) for record in batch)
+        """Add one batch, all of it or nothing. Raises LedgerError; what was there is kept."""
+        self._write(b"".join(record_line(record) for record in batch))
+
+    def note(self, event: Event) -> None:
+        """Add an event. Raises LedgerError."""
+        self._write(event_line(event))
+
+    def only(self, configuration: str) -> "Ledger":
+        """The same open file, as far as one configuration is concerned."""
+        records = tuple(record for record in self.records if record.configuration == configuration)
+        events = tuple(event for event in self.events if event.configuration == configuration)
+        return replace(self, records=records, events=events)
+
+    def _write(self, lines: bytes) -> None:
+        end = self.stream.tell()
         with written(self.path):
-            rest = memoryview(lines)
-            while rest:
-                rest = rest[self.stream.write(rest) :]
-            os.fsync(self.stream.fileno())
+            try:
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[self.stream.write(rest) :]
+                os.fsync(self.stream.fileno())
+            except OSError:
+                # Half a batch is trusted by nobody, but what would be appended behind it would be lost with it.
+                with contextlib.suppress(OSError):
+                    self.stream.truncate(end)
+                    self.stream.seek(end)
+                raise
+
+
+def record_line(record: Record) -> bytes:
+    """A record as it stands in the file. Tokens per forward, a quotient of two fields, is there for other readers."""
+    return _line("record", {**asdict(record), "tokens_per_forward": record.tokens_per_forward})
+
+
+def event_line(event: Event) -> bytes:
+    """An event as it stands in the file."""
+    return _line("event", asdict(event))
+
+
+def header_line(header: Header) -> bytes:
+    """The first line of a file."""
+    return _line("header", asdict(header))
 
 
 @contextlib.contextmanager
@@ -236,40 +309,47 @@ def open_ledger(path: Path, header: Header) -> Iterator[Ledger]:
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             with written(path), fresh.open("wb") as stream:
-                stream.write(_line("header", asdict(header)))
+                stream.write(header_line(header))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
     with path.open("r+b", buffering=0) as stream:  # unbuffered: what a full disk refused is not tried again when the file is closed
-        _lock(stream, path)
+        lock(stream, path)
         if os.fstat(stream.fileno()).st_ino != path.stat().st_ino:  # a run that started in the same moment renamed its file over ours
             raise _busy(path)
-        old, records, end = _scan(path)
-        _require_same(path, old, header)
-        if end < path.stat().st_size:
+        found = contents(path)
+        require_same(path, found.header, header)
+        if found.end < path.stat().st_size:
             print(
                 f"note: {path} ends in an unfinished batch (its run was stopped); that batch is measured again",
                 file=sys.stderr,
             )
-            stream.truncate(end)
+            stream.truncate(found.end)
         stream.seek(0, os.SEEK_END)
-        yield Ledger(path, tuple(records), stream)
+        yield Ledger(path, tuple(found.records), stream, tuple(found.events))
 
 
-def _scan(path: Path) -> tuple[Header, list[Record], int]:
-    """Header, records of whole batches, and the byte at which the last whole batch ends."""
+def contents(path: Path) -> Contents:
+    """Everything in a ledger that can be trusted. Raises LedgerError for a file that is none, or was damaged."""
     lines = path.read_bytes().splitlines(keepends=True)
     header = _parse(lines[0], path, 1, Header, "header") if lines and lines[0].endswith(b"\n") else None
     if not isinstance(header, Header):
         raise LedgerError(f"{path} is not a ledger: it does not start with a header. Write output=... to use another directory.")
     records: list[Record] = []
+    events: list[Event] = []
     batch: list[Record] = []
     position = end = len(lines[0])
     for number, line in enumerate(lines[1:], start=2):
         if not line.endswith(b"\n") and number == len(lines):
             break
+        if not batch and line.startswith(_EVENT):
+            event = _parse(line, path, number, Event, "event")
+            assert isinstance(event, Event)
+            events.append(event)
+            position = end = position + len(line)
+            continue
         record = _parse(line, path, number, Record, "record")
         assert isinstance(record, Record)
         if batch and (record.configuration, record.batch) != (batch[0].configuration, batch[0].batch):
@@ -290,10 +370,10 @@ def _scan(path: Path) -> tuple[Header, list[Record], int]:
                 "Write output=... to start another ledger."
             )
         seen.add((record.configuration, record.problem))
-    return header, records, end
+    return Contents(header, records, events, end)
 
 
-def _parse(line: bytes, path: Path, number: int, into: type[Header] | type[Record], kind: str) -> Header | Record:
+def _parse(line: bytes, path: Path, number: int, into: type[Header | Record | Event], kind: str) -> Header | Record | Event:
     try:
         content = json.loads(line)
         if content.pop("kind") != kind:
@@ -308,7 +388,8 @@ def _parse(line: bytes, path: Path, number: int, into: type[Header] | type[Recor
         ) from error
 
 
-def _require_same(path: Path, old: Header, new: Header) -> None:
+def require_same(path: Path, old: Header, new: Header) -> None:
+    """Raises LedgerError if two headers are of runs that do not belong into one ledger."""
     advice = f"Its records are kept. Write output=... for another directory, or delete {path.name} to measure again."
     if old.recipe_hash != new.recipe_hash:
         differing = _differences(_counted_keys(old.recipe), _counted_keys(new.recipe))
@@ -347,12 +428,18 @@ def _canonical(node: object) -> str:
     return json.dumps(node, sort_keys=True, separators=(",", ":"), default=str)
 
 
+_EVENT = b'{"kind": "event"'
+
+
 def _line(kind: str, content: Mapping[str, Any]) -> bytes:
     return json.dumps({"kind": kind, **content}, default=str, ensure_ascii=False).encode() + b"\n"
 
 
-def _lock(stream: IO[bytes], path: Path) -> None:
-    """Two runs appending to one ledger would interleave batches. The lock goes with the process, even a killed one."""
+def lock(stream: IO[bytes], path: Path) -> None:
+    """Raises LedgerError if another process has the file: two runs appending to one ledger would interleave batches.
+
+    The lock goes with its process, even a killed one: nothing stale is left behind.
+    """
     if sys.platform == "win32":  # no advisory locks there; everything else works
         return
     import fcntl

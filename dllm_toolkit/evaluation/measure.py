@@ -2,14 +2,16 @@
 
 Only the row's driver (`decode`, if it names none) runs between two readings of its clock; grading, text and the ledger come after. A row
 is warmed up first, with batches of its own size, since the first calls of a library or a compiled graph would otherwise be counted as
-decoding.
+decoding. Where memory runs out, batches become smaller and the run goes on (room.py).
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,9 +21,12 @@ from dllm_toolkit.cache.base import Cache
 from dllm_toolkit.decode import Output
 from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.drivers.base import Denoise, Driver
+from dllm_toolkit.engine import whether_to_compile
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.evaluation import ledger
-from dllm_toolkit.evaluation.ledger import Ledger, Record
+from dllm_toolkit.evaluation import ledger, provenance
+from dllm_toolkit.evaluation.ledger import Event, Ledger, Record
+from dllm_toolkit.evaluation.processes import ALONE, Processes
+from dllm_toolkit.evaluation.room import Room, first_line, ran_out
 from dllm_toolkit.evaluation.tasks import Grade, Problem, Task
 
 Templates = tuple[tuple[int | None, ...], ...] | None
@@ -39,7 +44,8 @@ class RunOptions:
 
     max_new_tokens: budget of the answer. batch_size: problems decoded together. seed: problem i uses seed + i. device: cpu, cuda, cuda:1,
     or auto (cuda if there is one). threads: CPU threads, null for torch's own choice. warm_up: problems decoded before the clock starts,
-    rounded up to whole batches. compile: torch.compile the forward and the decision.
+    rounded up to whole batches. compile: compiled steps, on a GPU recorded and replayed; auto: on a GPU, for models that can be recorded.
+    The first decode of a shape takes half a minute then (which is not counted), and the others a fraction of their time.
     """
 
     max_new_tokens: int = 96
@@ -49,7 +55,7 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     threads: int | None = None
     warm_up: int = 1
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -91,39 +97,86 @@ def fill(
     task: Task,
     run: RunOptions,
     device: torch.device,
-) -> None:
-    """Measure what the ledger lacks, batch by batch; models move to `device` and `run.dtype` when their row comes."""
-    done = {(record.configuration, record.problem) for record in book.records}
+    *,
+    done: Collection[tuple[str, str]] | None = None,
+    here: Processes = ALONE,
+) -> float:
+    """Measure what the ledger lacks, batch by batch; models move to `device` and `run.dtype` when their row comes.
+
+    done: (configuration, problem) of what is there; None: what `book` holds. here: of the missing batches this process takes its share, in
+    turn with the others. Returns the wall seconds of decoding and grading, without warm-up.
+    """
+    if done is None:
+        done = {(record.configuration, record.problem) for record in book.records}
     total = len(rows) * len(problems)
-    if done:
+    if done and here.first:
         rest = "continuing" if len(done) < total else "nothing is measured again; delete the file or write output=... to do so"
         print(f"note: {book.path} already holds {len(done)} of {total} answers; {rest}", file=sys.stderr)
     size = run.batch_size
     batches = [range(start, min(start + size, len(problems))) for start in range(0, len(problems), size)]
-    with _progress(total, len(done)) as tick:
+    turn, seconds = 0, 0.0
+    with _progress(total, len(done), shown=here.first) as tick:
         before: list[Any] = []
         for row in rows:
-            # The ledger keeps whole batches, so a batch is either there or missing.
-            missing = [(number, batch) for number, batch in enumerate(batches) if (row.name, problems[batch[0]].id) not in done]
+            # A batch that memory had no room for may be there in part.
+            missing = [(number, [i for i in batch if (row.name, problems[i].id) not in done]) for number, batch in enumerate(batches)]
+            missing = [(number, batch) for number, batch in missing if batch]
+            # Turns go on over rows, so that no process takes the first batch, which is the largest, of all of them.
+            turn, missing = turn + len(missing), missing[(here.rank - turn) % here.count :: here.count]
             if not missing:
                 continue
-            for model in before if device.type != "cpu" else ():
-                if all(model is not other for other in row.models):
-                    model.to("cpu")
-            before = row.models
-            for model in before:
-                model.to(device=device, dtype=getattr(torch, run.dtype))
+            before = _place(row, before, run, device)
             tick(row.name, 0)
+            room = _room(book, row, run, here)
             for batch in batches[: -(-run.warm_up // size)]:
-                _decode(row, batch, run)
+                for _ in room.parts(batch, functools.partial(_decode, row, run=run)):
+                    pass
             gc.collect()
+            clock = time.perf_counter()
             for number, batch in missing:
-                output = _decode(row, batch, run)
-                book.append(_records(row, number, batch, problems, task, run, output))
-                tick(row.name, len(batch))
+                for part, measured in room.parts(batch, functools.partial(_measured, row, run=run, device=device)):
+                    if measured is None:
+                        room.told(f"{problems[part[0]].id} does not fit into memory, alone ({room.problem}); recorded as failed", room.size)
+                    book.append(_records(row, number, part, problems, task, run, measured))
+                    tick(row.name, len(part))
+            seconds += time.perf_counter() - clock
+    return seconds
 
 
-def find_device(name: str) -> torch.device:
+def _place(row: Row, before: Sequence[Any], run: RunOptions, device: torch.device) -> list[Any]:
+    """The row's models on the device, those of the row before off a GPU."""
+    for model in before if device.type != "cpu" else ():
+        if all(model is not other for other in row.models):
+            model.to("cpu")
+    try:
+        for model in row.models:
+            model.to(device=device, dtype=getattr(torch, run.dtype))
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise CompareError(
+            f"{row.name}: its models do not fit on {device} ({first_line(error)}). What was measured is kept, and the same command "
+            "continues. Free memory there, or write another run.device, or a run.dtype of fewer bytes."
+        ) from error
+    return row.models
+
+
+def _room(book: Ledger, row: Row, run: RunOptions, here: Processes) -> Room:
+    """As much as an earlier process of this run found room for. What changes is told on the terminal and in the ledger."""
+
+    def told(text: str, size: int) -> None:
+        place = "" if here.count == 1 else f"process {here.rank}: "
+        print(f"note: {place}{row.name}: {text}", file=sys.stderr, flush=True)
+        book.note(Event("out_of_memory", f"{row.name}: {text}", row.name, {"batch_size": size}, provenance.now()))
+
+    earlier = [int(event.values["batch_size"]) for event in book.events if event.configuration == row.name]
+    return Room(min([run.batch_size, *earlier]), told)
+
+
+def find_device(name: str, here: Processes = ALONE) -> torch.device:
+    """The device that a recipe names; of several processes each gets a GPU of its own. Raises CompareError."""
+    if here.count > 1:
+        return _own_device(name, here)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,6 +192,36 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _own_device(name: str, here: Processes) -> torch.device:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    device = find_device(name)
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise CompareError(f"run.device names one GPU, got {name!r} for {here.count} processes. They would share it. Write device: cuda.")
+    if there < here.local:
+        raise CompareError(f"{here.local} processes of this machine need a GPU each, got {there}. Start fewer: --nproc_per_node {there}.")
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)  # streams and graphs are made on the current one
+    return device
+
+
+def _measured(row: Row, batch: Sequence[int], run: RunOptions, device: torch.device) -> tuple[Output, int | None]:
+    """The answers of a batch, and the most bytes that it needed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    output = _decode(row, batch, run)
+    if device.type == "cuda":
+        return output, torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return output, None
+    import resource
+
+    return output, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
     return row.driver.run(
         row.model,
@@ -148,7 +231,7 @@ def _decode(row: Row, batch: Sequence[int], run: RunOptions) -> Output:
         templates=None if row.templates is None else [row.templates[index] for index in batch],
         cache=row.cache,
         seed=[run.seed + index for index in batch],
-        compile=run.compile,
+        compile=whether_to_compile(run.compile, row.model),
     )
 
 
@@ -159,8 +242,11 @@ def _records(
     problems: Sequence[Problem],
     task: Task,
     run: RunOptions,
-    output: Output,
+    measured: tuple[Output, int | None] | None,
 ) -> list[Record]:
+    if measured is None:
+        return [_failed(row, number, index, problems[index], run) for index in batch]
+    output, peak_memory = measured
     spec, tokenizer, stats = row.model.spec, row.model.tokenizer, output.stats
     born, begins = output.born.tolist(), output.begin.tolist()
     records = []
@@ -175,7 +261,7 @@ def _records(
                 problem=problem.id,
                 prompt=problem.prompt,
                 reference=problem.reference,
-                prompt_hash=hashlib.sha256(problem.prompt.encode()).hexdigest()[:16],
+                prompt_hash=_hash(problem),
                 prompt_tokens=len(prompt),
                 output=tuple(ids),
                 pieces=_pieces(tokenizer, body),
@@ -200,6 +286,7 @@ def _records(
                 raw_text=raw,
                 given=_given(row, problem_index, index, counted, output),
                 extra={**grade.extra, **{name: values[index] for name, values in stats.extra.items() if name != "given"}},
+                peak_memory=peak_memory,
             )
         )
     return records
@@ -221,6 +308,37 @@ def judged(tokenizer: Any, eos_ids: Sequence[int], task: Task, problem: Problem,
     return Judged(raw, text, task.grade(problem, text))
 
 
+def _failed(row: Row, number: int, index: int, problem: Problem, run: RunOptions) -> Record:
+    """A problem that memory does not suffice for: a wrong answer that took nothing."""
+    counts = dict.fromkeys(("nfe", "tokens", "canvas_tokens", "lanes", "steps", "commits", "forced", "edits"), 0)
+    return Record(
+        configuration=row.name,
+        problem=problem.id,
+        prompt=problem.prompt,
+        reference=problem.reference,
+        prompt_hash=_hash(problem),
+        prompt_tokens=len(row.prompts[index]),
+        output=(),
+        pieces=(),
+        text="",
+        correct=False,
+        steps_right=0.0,
+        exact=False,
+        born=(),
+        seconds=0.0,
+        batch=number,
+        batch_rows=1,
+        batch_seconds=0.0,
+        seed=run.seed + index,
+        failed="out of memory",
+        **counts,
+    )
+
+
+def _hash(problem: Problem) -> str:
+    return hashlib.sha256(problem.prompt.encode()).hexdigest()[:16]
+
+
 def _given(row: Row, problem: int, index: int, counted: int, output: Output) -> int:
     """Of the counted tokens those that were pinned by the task or written by the driver."""
     pinned = 0 if row.templates is None else sum(one is not None for one in row.templates[problem][:counted])
@@ -240,8 +358,11 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
+def _progress(total: int, done: int, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
     """Yields tick(configuration, answers): a bar on stderr; where stderr is no terminal, a line as each configuration starts."""
+    if not shown:
+        yield lambda *_: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

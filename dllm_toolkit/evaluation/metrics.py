@@ -1,12 +1,10 @@
 """Metrics as torchmetrics classes, to accumulate over batches and processes: exact match, tokens per forward, AUP, AR-ness.
 
-What a token or a forward is, `ledger.py` says; these classes only add up. AUP (area under parallelism) condenses an accuracy
-against tokens-per-forward curve into one number; look at the curve as well, since the scalar is not globally monotone.
+What a token or a forward is, `ledger.py` says, and what AUP is, `curves.py`; these classes only add up.
 
 References: AUP: d3LLM (arXiv 2601.07568). AR-ness: DiffuCoder (arXiv 2506.20639).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,36 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dllm_toolkit.evaluation import order
+from dllm_toolkit.evaluation.curves import ALPHA, DROP, area_under_parallelism
 from dllm_toolkit.evaluation.ledger import answer_tokens
-
-
-def area_under_parallelism(
-    points: Sequence[tuple[float | int, float | int]], *, alpha: float | int = 3.0, drop: float | int = 5.0, best: float | int | None = None
-) -> float:
-    """AUP of (tokens per forward, accuracy in percent) points.
-
-    With the points sorted by parallelism r_1 <= r_2 <= ... and y the accuracies, points with y < y_1 - drop are left out and
-
-        AUP = r_1 y_1 + sum_i (r_i - r_{i-1}) (y_i w(y_i) + y_{i-1} w(y_{i-1})) / 2,   w(y) = min(1, exp(-alpha (1 - y / best)))
-
-    `best` is the highest accuracy over all methods that are compared (None: over these points).
-    """
-    if not points:
-        raise ValueError("AUP needs points, got none. It is an area under a curve. Write at least one (tpf, accuracy).")
-    curve = sorted(points, key=lambda point: point[0])
-    floor = curve[0][1] - drop
-    curve = [point for point in curve if point[1] >= floor]
-    top = max(accuracy for _, accuracy in curve) if best is None else best
-    if top <= 0:
-        return 0.0
-
-    def weighted(accuracy: float | int) -> float:
-        return accuracy * min(1.0, math.exp(-alpha * (1.0 - accuracy / top)))
-
-    area = float(curve[0][0] * curve[0][1])
-    for (left, before), (right, after) in zip(curve, curve[1:], strict=False):
-        area += (right - left) * (weighted(after) + weighted(before)) / 2
-    return area
 
 
 class _Mean(Metric):
@@ -118,7 +88,7 @@ class AreaUnderParallelism(Metric):
     parallelism: list[Tensor]
     accuracy: list[Tensor]
 
-    def __init__(self, alpha: float | int = 3.0, drop: float | int = 5.0, best: float | int | None = None, **kwargs: object) -> None:
+    def __init__(self, alpha: float | int = ALPHA, drop: float | int = DROP, best: float | int | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.alpha, self.drop, self.best = alpha, drop, best
         self.add_state("parallelism", default=[], dist_reduce_fx="cat")

@@ -36,16 +36,29 @@ def global_order(born: Sequence[int], k: int = 1) -> float:
     order; non-decreasing in k.
     """
     _require_positive(k)
+    ranks = _ranks(born)
+    return sum(rank < k for rank in ranks) / len(ranks) if ranks else 1.0
+
+
+def _ranks(born: Sequence[int]) -> list[int]:
+    """Of each commit, in order, how many places to its left were still undecided."""
     order = commit_order(born)
-    if not order:
-        return 1.0
-    undecided = sorted(order)
-    hits = 0
+    undecided, ranks = sorted(order), []
     for position in order:
-        rank = undecided.index(position)
-        hits += rank < k
-        undecided.pop(rank)
-    return hits / len(order)
+        ranks.append(undecided.index(position))
+        undecided.pop(ranks[-1])
+    return ranks
+
+
+def order_curves(answers: Sequence[Sequence[int]], most: int = 10) -> tuple[list[float], list[float]]:
+    """Local and global AR-ness at k = 1 .. `most`, means over answers (each one's `born`); two empty lists for no answers."""
+    _require_positive(most)
+    if not answers:
+        return [], []
+    local = [sum(local_order(born, k) for born in answers) / len(answers) for k in range(1, most + 1)]
+    ranks = [_ranks(born) for born in answers]
+    shares = [[sum(rank < k for rank in one) / len(one) if one else 1.0 for one in ranks] for k in range(1, most + 1)]
+    return local, [sum(share) / len(answers) for share in shares]
 
 
 def commits_per_step(born: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from dllm_toolkit.evaluation.tensorboard import by_problem
 _COLOURS = 7
 _STEPS = 6  # shades of the decided tokens, early to late
 
-_STYLE = (
+STYLE = (
     """
 :root{color-scheme:light dark;--page:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d8dde3;--card:#f6f8fa;--decided:#cfe3f1;--now:#0b4f7d;--ok:#0a6b45;
 --bad:#a33a00;--c0:#0072B2;--c1:#B84E00;--c2:#00795A;--c3:#A8497F;--c4:#1B7FB5;--c5:#8F6300;--c6:#5F5F5F;--n:#fff;
@@ -30,7 +30,7 @@ p,.meta{color:var(--soft);margin:4px 0 10px;max-width:80ch}.wide{overflow-x:auto
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th{font-weight:600;color:var(--soft)}
 th:first-child,td:first-child{text-align:left}td.best{font-weight:700}small{color:var(--soft)}
 .dot{display:inline-block;width:20px;height:20px;border-radius:50%;margin-right:8px;color:var(--n);text-align:center;font:700 11px/20px system-ui,sans-serif}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 .card h3{font-size:.92rem;margin:0 0 8px}.card h3 small{display:block;font-weight:400;margin:3px 0 0 28px}.ok{color:var(--ok)}.bad{color:var(--bad)}.answer,pre{white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0}.answer span{border-radius:3px;padding:1px 0}
 svg{width:100%;height:auto;display:block}svg path{shape-rendering:crispEdges}svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg .n{fill:var(--n);font-weight:700;font-size:11px}
@@ -75,16 +75,16 @@ def page(header: Header, records: Sequence[Record], summaries: Sequence[Summary]
     problems_each = plural(max((s.problems for s in summaries), default=0), "problem")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>dllm_toolkit comparison</title><style>{_STYLE}</style></head><body>
+<title>dllm_toolkit comparison</title><style>{STYLE}</style></head><body>
 <h1>Comparison of {plural(len(summaries), "decoding configuration")}</h1>
 <p class="meta">{problems_each} each, batch {header.batch_size}, {escape(machine(header))}. {escape(made)}.
 Recipe {escape(header.recipe_hash)}, {escape(header.date)}{escape(f", commit {header.commit}" if header.commit else "")}.</p>
 <div class="wide">{_table(summaries)}</div>
 <h2>Accuracy against speed</h2><p>Up and to the right is better. Bars are 95 % intervals; the dashed line joins the configurations that no other beats in both.
 The small dots are the exact places; a number that would cover another is moved up or down.</p>
-<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(420px,1fr))">
-<div class="card">{_pareto(summaries, [s.tokens_per_second for s in summaries], "tokens per second (log scale)", logarithmic=True)}</div>
-<div class="card">{_pareto(summaries, [s.tokens_per_forward for s in summaries], "tokens per forward", logarithmic=False)}</div></div>
+<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))">
+<div class="card">{pareto_picture(summaries, [s.tokens_per_second for s in summaries], "tokens per second (log scale)", logarithmic=True)}</div>
+<div class="card">{pareto_picture(summaries, [s.tokens_per_forward for s in summaries], "tokens per forward", logarithmic=False)}</div></div>
 <h2>In which order were the tokens decided?</h2>
 <p>Across: position in the answer. Down: step. <i class="key" style="background:var(--now)"></i> decided in this step;
 <i class="key" style="background:var(--decided)"></i> decided before; empty: still masked. Each picture has its own scale of steps.</p>
@@ -106,7 +106,7 @@ def _table(summaries: Sequence[Summary]) -> str:
         best[title] = (max if more else min)(present) if len(set(present)) > 1 else None
     rows = []
     for index, summary in enumerate(summaries):
-        cells = [f"<td>{_dot(index)}{escape(summary.name)}</td>"]
+        cells = [f"<td>{dot(index)}{escape(summary.name)}</td>"]
         for title, value, text, _ in COLUMNS:
             v = value(summary)
             note = f" <small>{100 * summary.accuracy_low:.0f}–{100 * summary.accuracy_high:.0f}</small>" if title == "accuracy" else ""
@@ -117,11 +117,15 @@ def _table(summaries: Sequence[Summary]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _dot(index: int) -> str:
+def dot(index: int) -> str:
+    """The number of a row in its colour."""
     return f'<span class="dot b{index % _COLOURS}">{index + 1}</span>'
 
 
-def _pareto(summaries: Sequence[Summary], x: Sequence[float], label: str, *, logarithmic: bool) -> str:
+def pareto_picture(
+    summaries: Sequence[Summary], x: Sequence[float], label: str, *, logarithmic: bool, curves: Sequence[Sequence[int]] = ()
+) -> str:
+    """Accuracy against `x` as inline SVG. curves: indices of the summaries that a line joins, from left to right."""
     width, height, left, right, top, bottom = 520, 320, 48, 22, 20, 46
     if not summaries or (logarithmic and min(x) <= 0):
         return f"<p>No {escape(label)} to draw.</p>"
@@ -149,6 +153,9 @@ def _pareto(summaries: Sequence[Summary], x: Sequence[float], label: str, *, log
     front = [place(scaled[i], summaries[i].accuracy) for i in pareto_front([(x[i], s.accuracy) for i, s in enumerate(summaries)])]
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="var(--soft)" stroke-dasharray="5 4"/>')
+    for curve in curves:
+        joints = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(scaled[i], summaries[i].accuracy) for i in curve))
+        parts.append(f'<polyline points="{joints}" fill="none" stroke="var(--c{curve[0] % _COLOURS})" stroke-width="1.5" opacity=".7"/>')
     lines, dots, parts = parts, [], []  # drawn in this order: no dot hides a number
     places = [place(scaled[index], summary.accuracy) for index, summary in enumerate(summaries)]
     badges = spread([(a, -b) for a, b in places], 22, bottom - height + 11, -6)  # heights, which grow upwards
@@ -219,7 +226,7 @@ def _order_card(record: Record, numbers: dict[str, int]) -> str:
     )
     label = escape(f"commit order of {record.configuration}")
     return (
-        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} <small>'
+        f'<div class="card"><h3>{dot(numbers[record.configuration])}{escape(record.configuration)} <small>'
         f"{plural(record.tokens, 'token')}, {plural(record.nfe, 'forward')}, {plural(record.steps, 'step')}</small></h3>"
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg></div>'
     )
@@ -244,7 +251,7 @@ def _answer(record: Record, numbers: dict[str, int]) -> str:
         spans.append(f'<span class="s{shade}" title="{title}">{escape(piece)}</span>')
     verdict = '<span class="ok">✓ right</span>' if record.correct else '<span class="bad">✗ wrong</span>'
     return (
-        f'<div class="card"><h3>{_dot(numbers[record.configuration])}{escape(record.configuration)} {verdict} <small>'
+        f'<div class="card"><h3>{dot(numbers[record.configuration])}{escape(record.configuration)} {verdict} <small>'
         f"{plural(record.tokens, 'token')}, {plural(record.nfe, 'forward')}, {1000 * record.seconds:.0f} ms</small></h3>"
         f'<div class="answer">{"".join(spans)}</div></div>'
     )

@@ -7,12 +7,13 @@ picture depends on colour alone. Figures are built without pyplot: no global sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.curves import Curve, pareto_front
 from dllm_toolkit.evaluation.ledger import Header, Record, Summary
+from dllm_toolkit.evaluation.order import order_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,15 +24,6 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 LIGHT = frozenset({"#56B4E9", "#E69F00"})  # too light for white print
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DECIDED, NOW, FINISHED, INK, FAINT = "#b9d6ea", "#0b4f7d", "#eef3f7", "#1b1f24", "#6d7680"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A sweep: one decoder argument at several values. settings: the values, as text."""
-
-    name: str
-    settings: tuple[str, ...]
-    summaries: tuple[Summary, ...]
 
 
 def plural(count: int, word: str) -> str:
@@ -45,16 +37,6 @@ def machine(header: Header) -> str:
     threads = made_on.get("threads")
     parts = [made_on.get("device"), plural(threads, "thread") if isinstance(threads, int) else None, made_on.get("dtype")]
     return ", ".join(str(part) for part in parts if part is not None)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats in both coordinates, from left to right."""
-    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1]))
-    front: list[int] = []
-    for index in order:
-        if not front or points[index][1] > points[front[-1]][1]:
-            front.append(index)
-    return front[::-1]
 
 
 def pareto_figure(summaries: Sequence[Summary], *, legend: bool = True) -> Figure:
@@ -205,11 +187,12 @@ def order_figure(records: Sequence[Record]) -> Figure:
     """
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
-    figure = _figure(4.2 * columns, 2.6 * rows + 0.3)
+    figure = _figure(3.3 * columns, 2.4 * rows + 0.3)
     for index, record in enumerate(records):
         axes = figure.add_subplot(rows, columns, index + 1)
         draw_order(axes, record)
-        axes.set_title(f"{record.configuration}: {record.tokens} tokens, {record.nfe} forwards", fontsize=10, loc="left")
+        counts = f"{plural(record.tokens, 'token')}, {plural(record.nfe, 'forward')}"
+        axes.set_title(f"{record.configuration}\n{counts}", fontsize=10, loc="left")
         axes.set_xlabel("position in the answer", fontsize=9)
         if index % columns == 0:
             axes.set_ylabel("step", fontsize=9)
@@ -236,7 +219,7 @@ def draw_order(axes: Axes, record: Record, steps: int | None = None) -> None:
         vmin=0,
         vmax=3,
         origin="upper",
-        extent=(-0.5, len(born) - 0.5, height + 0.5, 0.5),  # steps count from 1, as in the text beside it
+        extent=(-0.5, max(1, len(born)) - 0.5, height + 0.5, 0.5),  # steps count from 1, as in the text beside it
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -244,6 +227,44 @@ def draw_order(axes: Axes, record: Record, steps: int | None = None) -> None:
         axes.spines[side].set_color(FAINT)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.tick_params(colors=INK, labelsize=8, length=3)
+
+
+def order_map_figure(records: Sequence[Record]) -> Figure:
+    """When each token was decided, over the problems of one configuration: across is the position, down the problem, colour the step.
+
+    White: nothing counts there, the answer had ended. Local and global AR-ness (order.py, k = 1) stand above it.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    counted = [record.born[: record.tokens] for record in records]
+    width = max((len(born) for born in counted), default=1) or 1
+    steps = np.full((max(1, len(counted)), width), np.nan)  # [problems, positions]
+    for row, born in enumerate(counted):
+        steps[row, : len(born)] = [step + 1 if step >= 0 else np.nan for step in born]
+    figure = _figure(5.4, min(4.6, 2.3 + 0.1 * len(counted)))  # small: TensorBoard scales a picture down to a card
+    axes = figure.add_subplot()
+    colours = colormaps["viridis_r"].with_extremes(bad="white")
+    highest = 1.0 if np.isnan(steps).all() else max(2.0, float(np.nanmax(steps)))
+    image = axes.imshow(steps, aspect="auto", interpolation="nearest", cmap=colours, vmin=1, vmax=highest)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("decided in step", fontsize=9)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    local, whole = order_curves(counted, 1)
+    name = records[0].configuration if records else ""
+    numbers = f": local AR-ness {local[0]:.2f}, global {whole[0]:.2f}" if local else ""
+    axes.set_title(f"{name}{numbers}", fontsize=10.5, loc="left", color=INK)
+    axes.set_xlabel("position in the answer", fontsize=9)
+    axes.set_ylabel("problem", fontsize=9)
+    for each in (axes.xaxis, axes.yaxis):
+        each.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for one in (axes, bar.ax):
+        one.tick_params(colors=INK, labelsize=8, length=3)
+    figure.tight_layout()
+    return figure
 
 
 def readme_figure(

@@ -4,6 +4,7 @@ A ledger may be continued only by the same code on the same weights: a researche
 must not be shown yesterday's numbers. Digests are short, since they guard against accidents, not attacks.
 """
 
+import ast
 import dataclasses
 import datetime
 import hashlib
@@ -12,6 +13,7 @@ import inspect
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ _DECIDING = (
     "evaluation/sandbox.py",
     "evaluation/sandbox_guard.py",
     "evaluation/measure.py",
+    "evaluation/room.py",
 )
 """Parts of the package that can change an answer or its speed; a new colour in a report is none of them."""
 
@@ -60,6 +63,47 @@ def code_fingerprint(components: Iterable[object]) -> str:
         if file.is_file():
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def grader_fingerprint(task: object) -> str:
+    """Digest of what judges an answer: the task's own sources, what of `evaluation` and `data` they import, and its judging packages.
+
+    Another task that changed, or code that decodes, is not part of it: two runs with the same digest were graded alike.
+    """
+    digest, seen = hashlib.sha256(), set()
+    waiting = [kind.__module__ for kind in type(task).__mro__ if kind.__module__ not in ("builtins", "abc")]
+    sources: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in seen or file is None or not Path(file).is_file():
+            continue
+        seen.add(name)
+        sources[name] = Path(file).read_text(encoding="utf-8")
+        if name == "dllm_toolkit.evaluation.sandbox":  # runs as a program of its own
+            sources[f"{name}_guard"] = Path(file).with_name("sandbox_guard.py").read_text(encoding="utf-8")
+        waiting += [found for found in _imported(sources[name]) if found.startswith(("dllm_toolkit.evaluation.", "dllm_toolkit.data."))]
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name].encode() + b"\0")
+    for package in ("math_verify", "sympy"):
+        if any(package in source for source in sources.values()):
+            digest.update(f"{package} {_version(package.replace('_', '-'))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _imported(source: str) -> Iterator[str]:
+    """Modules that a source imports names from; of a package's collected names the modules that define them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            module = sys.modules.get(node.module)
+            package = hasattr(module, "__path__")
+            if not package:
+                yield node.module
+            for alias in node.names if package else ():
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in sys.modules else str(getattr(getattr(module, alias.name, None), "__module__", ""))
 
 
 def _classes(component: object) -> Iterator[type]:
@@ -101,12 +145,20 @@ def problems_fingerprint(problems: Iterable[Any]) -> str:
 def versions() -> dict[str, str]:
     """Python, this package and the libraries that can change a number; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for name in ("dllm-toolkit", "torch", "transformers", "tokenizers", "numpy", "peft", "math-verify", "reasoning-gym"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    if torch.version.cuda is not None:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    for name in ("dllm-toolkit", "torch", "triton", "transformers", "tokenizers", "numpy", "peft", "math-verify", "reasoning-gym"):
+        version = _version(name)
+        if version is not None:
+            found[name] = version
     return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

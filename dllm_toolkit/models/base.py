@@ -16,13 +16,32 @@ from dllm_toolkit.registry import declare
 from dllm_toolkit.types import ModelSpec
 
 
+class Flat(NamedTuple):
+    """The live lanes of all rows one behind the other, [1, N] instead of [B, W]: for all that a layer computes where no lane sees another.
+
+    lane: the number b * W + w of each of them; place: the place of every lane among them. Places behind the last live lane repeat a dead
+    one, which ends in the trash slot; dead lanes have the place of any live one, and are read by nobody.
+    """
+
+    lane: Int[Tensor, "N"]
+    place: Int[Tensor, "B W"]
+
+    def of(self, values: Tensor) -> Tensor:
+        """Values of lanes [B, W, ...] at the flat ones [1, N, ...]."""
+        return values.flatten(0, 1).index_select(0, self.lane).unsqueeze(0)
+
+    def back(self, values: Tensor) -> Tensor:
+        """Values of flat lanes [1, N, ...] at every lane [B, W, ...]."""
+        return values.squeeze(0).index_select(0, self.place.flatten()).view(*self.place.shape, *values.shape[2:])
+
+
 class Query(NamedTuple):
     """One forward. With no K/V buffer the keys are the lanes themselves: `slots` is None and S == W.
 
     `read` names slots, not lanes: a shift-1 model reads position i from the row of position i - 1, which may have been
     computed in an earlier forward and is then remembered by the buffer. None reads every lane. `prompt` marks the lanes that
     hold the prompt, for models that treat it apart (guidance); most ignore it. `added` is added to the lanes' embeddings, for wrappers
-    that feed something back.
+    that feed something back. `flat` lets a model skip the dead lanes of a batch; only a transformer that is asked directly gets it.
     """
 
     tokens: Int[Tensor, "B W"]
@@ -32,6 +51,7 @@ class Query(NamedTuple):
     read: Int[Tensor, "B R"] | None = None
     prompt: Bool[Tensor, "B W"] | None = None
     added: Float[Tensor, "B W width"] | None = None
+    flat: Flat | None = None
 
 
 @runtime_checkable

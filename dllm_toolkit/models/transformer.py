@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.errors import ToolkitError
-from dllm_toolkit.models.base import Query
+from dllm_toolkit.models.base import Flat, Query
 from dllm_toolkit.models.fused import fused, together
 from dllm_toolkit.ops import attention
 from dllm_toolkit.registry import register
@@ -171,13 +171,17 @@ def rotate(
 
 
 class Lanes(NamedTuple):
-    """What all layers need of a query: rotations, who sees whom, and where keys and values go (see `KVBuffer.flat`)."""
+    """What all layers need of a query: rotations, who sees whom, and where keys and values go (see `KVBuffer.flat`).
+
+    With `flat`, rotations and index are of the flat lanes.
+    """
 
     cos: Float[Tensor, "B W 1 D"]
     sin: Float[Tensor, "B W 1 D"]
     allow: Bool[Tensor, "B 1 W S"] | None
     causal: bool
     index: Int[Tensor, "BW"] | None
+    flat: Flat | None = None
 
 
 Mix = Callable[[Tensor, Tensor, Tensor, Lanes], Tensor]
@@ -234,9 +238,11 @@ class Layer(nn.Module):
         if kv is not None:
             assert lanes.index is not None
             store = kv.layer(self.index) if isinstance(kv, KVBuffer) else kv
-            k, v = store.write(lanes.index, k, v)  # [B, S, H, D]
-        mixed = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lanes)
-        return self.o_proj(rearrange(mixed, "b h w d -> b w (h d)"))
+            if lanes.flat is not None:
+                q = lanes.flat.back(q)
+            k, v = store.write(q.shape[0], lanes.index, k, v)  # [B, S, H, D]
+        mixed = rearrange(mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lanes), "b h w d -> b w (h d)")
+        return self.o_proj(mixed if lanes.flat is None else lanes.flat.of(mixed))
 
     def values(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W H D"]:
         """The values that `attend` would store for these lanes."""
@@ -415,38 +421,48 @@ class Transformer(nn.Module):
         tokens, config = query.tokens, self.config
         if config.mask_id == config.vocab_size:  # an undecided lane of a causal model: it has no embedding, and nobody looks at it
             tokens = tokens.masked_fill(tokens == config.mask_id, config.pad_id)
-        x = self.embed(tokens)
+        x = self.embed(tokens if query.flat is None else query.flat.of(tokens))
         return x if query.added is None else x + query.added
 
     def lanes(self, query: Query, kv: KVBuffer | None) -> Lanes:
         """What every layer needs of a query."""
+        positions = query.positions if query.flat is None else query.flat.of(query.positions)
         return Lanes(
-            cos=self.cos[query.positions].unsqueeze(2),
-            sin=self.sin[query.positions].unsqueeze(2),
+            cos=self.cos[positions].unsqueeze(2),
+            sin=self.sin[positions].unsqueeze(2),
             allow=None if query.allow is None else query.allow.unsqueeze(1),
             causal=kv is None and query.allow is None and self.config.attention == "causal",
-            index=None if kv is None or query.slots is None else kv.flat(query.slots),
+            index=None if kv is None or query.slots is None else self._index(query, kv),
+            flat=query.flat,
         )
+
+    @staticmethod
+    def _index(query: Query, kv: KVBuffer) -> Int[Tensor, "N"]:
+        """Where the lanes' keys go. Flat places without a lane repeat a live or dead one, with the same values or none that count."""
+        assert query.slots is not None
+        index = kv.flat(query.slots)
+        return index if query.flat is None else index.index_select(0, query.flat.lane)
 
     def leave(self, x: Float[Tensor, "B W width"], query: Query, kv: KVBuffer | None) -> Float[Tensor, "B R V"]:
         """Logits of the read slots, from what the last layer gave for the lanes. A buffer with hidden rows remembers those too."""
         hidden = self.norm(x)  # [B, W, width]
         if kv is not None and kv.hidden is not None:
-            assert query.slots is not None
-            kv.write_hidden(kv.flat(query.slots), hidden)
+            kv.write_hidden(self._index(query, kv), hidden)
             hidden = kv.hidden  # [B, S, width]
         elif kv is not None and query.read is not None:
-            hidden, query = self._lanes_of(hidden, query, kv)
+            query = self._lanes_of(query, kv)
+            if query.flat is not None:
+                hidden = query.flat.back(hidden)
         if query.read is not None:
             hidden = hidden.gather(1, query.read.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, R, width]
         return self.lm_head(hidden)
 
-    def _lanes_of(self, hidden: Tensor, query: Query, kv: KVBuffer) -> tuple[Tensor, Query]:
+    def _lanes_of(self, query: Query, kv: KVBuffer) -> Query:
         """Turn read slots into read lanes: without a shift every slot that is read was computed in this very forward."""
         assert query.slots is not None and query.read is not None
-        lanes = torch.arange(hidden.shape[1], device=hidden.device).expand_as(query.slots)
-        lane_of = torch.zeros(kv.rows, kv.slots, dtype=torch.long, device=hidden.device).scatter_(1, query.slots, lanes)
-        return hidden, query._replace(read=lane_of.gather(1, query.read))
+        lanes = torch.arange(query.slots.shape[1], device=query.slots.device).expand_as(query.slots)
+        lane_of = torch.zeros(kv.rows, kv.slots, dtype=torch.long, device=lanes.device).scatter_(1, query.slots, lanes)
+        return query._replace(read=lane_of.gather(1, query.read))
 
     def logits(
         self,

@@ -111,6 +111,14 @@ def exact_count(count: Int[Tensor, "B"], candidates: Bool[Tensor, "B L"], genera
     return (rank < count.unsqueeze(1)) & candidates
 
 
+def nested_counts(
+    counts: Sequence[Int[Tensor, "B"]], candidates: Bool[Tensor, "B L"], generator: torch.Generator
+) -> tuple[Bool[Tensor, "B L"], ...]:
+    """Masks of several sizes from one random order of the candidates: a smaller one lies inside a larger one."""
+    rank = draw(tuple(candidates.shape), generator).masked_fill(~candidates, 2.0).argsort(dim=1).argsort(dim=1)
+    return tuple((rank < count.unsqueeze(1)) & candidates for count in counts)
+
+
 def count_from_level(level: Float[Tensor, "B"], available: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
     """k = 1 + floor(t n), so that t ~ U[0, 1) gives k ~ U{1..n}; 0 where nothing is available."""
     count = (level * available).long() + 1

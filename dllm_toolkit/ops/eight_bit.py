@@ -127,7 +127,7 @@ def choose(format: Format, x: Float[Tensor, "M K"], best: str | None) -> Product
 
 
 def best_on(format: Format, device: torch.device, outputs: int, inputs: int) -> str | None:
-    """The kernel of a format for weights [outputs, inputs] on a device; None where there is none. Asks the driver: not in compiled code."""
+    """The kernel of a format for weights [outputs, inputs] on a device, None where there is none. Asks the driver: not in compiled code."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)

@@ -13,6 +13,8 @@ of the block size (SDAR, arXiv 2510.06303) count all blocks from position 0, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -120,3 +122,43 @@ def sheets_allow(
         keys = keys & (block.gather(1, sheet.expand(-1, -1, length)) <= mine.unsqueeze(2))
         beside = beside & (of_slot(mine, 0) <= mine.unsqueeze(2))
     return torch.cat((keys, beside), dim=2)
+
+
+def sees_block_diffusion(q_block: Tensor, q_clean: Tensor, k_block: Tensor, k_clean: Tensor) -> Tensor:
+    """The rule of block-diffusion training, for labels of any shapes that broadcast: a lane's block, and whether it is of the clean half.
+
+    A noisy block sees itself and the clean blocks before it; clean blocks see the clean blocks up to themselves, and never noise.
+
+            noisy  clean               block 1 and 2, two tokens each, behind a prompt (block 0, clean only)
+            1 1 2 2  0 1 1 2 2
+        1   x x . .  x . . . .
+        2   . . x x  x x x . .
+        0   . . . .  x . . . .
+        1   . . . .  x x x . .
+        2   . . . .  x x x x x
+
+    Reference: BD3-LM, arXiv 2503.09573.
+    """
+    itself = ~q_clean & ~k_clean & (q_block == k_block)
+    return itself | (~q_clean & k_clean & (k_block < q_block)) | (q_clean & k_clean & (k_block <= q_block))
+
+
+def block_diffusion(block: Int[Tensor, "B W"], clean: Bool[Tensor, "B W"]) -> Bool[Tensor, "B W W"]:
+    """`sees_block_diffusion` of every pair of lanes, dense."""
+    return sees_block_diffusion(block.unsqueeze(2), clean.unsqueeze(2), block.unsqueeze(1), clean.unsqueeze(1))
+
+
+def block_diffusion_mod(block: Int[Tensor, "B W"], clean: Bool[Tensor, "B W"]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same rule as a `mask_mod` of flex attention."""
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return sees_block_diffusion(block[b, q], clean[b, q], block[b, k], clean[b, k])
+
+    return rule
+
+
+def annealed_causal(length: int, share: float, generator: torch.Generator) -> Bool[Tensor, "L L"]:
+    """The past, and each pair of the future with probability `share`: causal at 0, full at 1 (DiffuLLaMA, arXiv 2410.17891)."""
+    uniform = torch.rand((length, length), generator=generator, device=generator.device)
+    place = torch.arange(length, device=generator.device)
+    return (place.unsqueeze(0) <= place.unsqueeze(1)) | (uniform < share)

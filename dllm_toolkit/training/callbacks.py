@@ -38,7 +38,7 @@ class Throughput(pl.Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self._mark: tuple[float, int] | None = None
-        self._measured = 0
+        self._measured = self._skipped = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mark = None
@@ -57,15 +57,28 @@ class Throughput(pl.Callback):
             return
         self._measured = step
         metrics = {name: float(value) for name, value in self._tensors(pl_module).items()}  # the one wait for the device
+        self._check_skipped(pl_module, step)
         now = time.monotonic()
         if self._mark is not None:
-            samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0] * trainer.world_size
+            samples = (pl_module.batches - self._mark[1]) * batch.tokens.shape[0]
             metrics["samples_per_second"] = samples / (now - self._mark[0])
             metrics["tokens_per_second"] = metrics["samples_per_second"] * batch.tokens.shape[1]
         self._mark = (now, pl_module.batches)
         metrics["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["progress"] = pl_module.progress
         self._write(trainer, step, {f"train/{name}": value for name, value in metrics.items()})
+
+    def _check_skipped(self, module: DiffusionModule, step: int) -> None:
+        """Say how many steps gave no usable gradient, and end a run in which none does any more."""
+        skipped = 0 if module.skipped is None else int(module.skipped)
+        now, self._skipped = skipped - self._skipped, skipped
+        if now:
+            print(f"step {step:>6}  {now} steps since the last line were skipped: their gradient was NaN or infinite", file=sys.stderr)
+        if now >= max(2, self.every):
+            raise DataError(
+                f"the last {now} steps gave no gradient that is a number. The run has diverged, or the data or the first weights hold NaN; "
+                "the weights are those of before. Look at the loss in metrics.jsonl, and write a smaller optimizer.learning_rate."
+            )
 
     @staticmethod
     def _tensors(module: DiffusionModule) -> dict[str, Tensor]:
@@ -135,14 +148,17 @@ class DecodeWhileTraining(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._done or step % self.every or not trainer.is_global_zero:
+        if step == self._done or step % self.every:
             return
         self._done = step
         assert isinstance(pl_module, DiffusionModule)
         self.report(trainer, pl_module, step)
 
     def report(self, trainer: pl.Trainer, module: DiffusionModule, step: int) -> None:
-        """Decode now and write the results at `step`."""
+        """Decode now and write the results at `step`: process 0 does; the others lend their part of the weights, where they are sharded."""
+        if not trainer.is_global_zero:
+            with module.averaged():
+                return
         from dllm_toolkit.decode import decode
         from dllm_toolkit.evaluation.ledger import answer_tokens
 

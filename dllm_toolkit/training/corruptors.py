@@ -29,11 +29,16 @@ from dllm_toolkit.registry import declare, register
 
 
 class Batch(NamedTuple):
-    """Training rows `[prompt | answer | padding]`. The answer of every row has the same length; EOS fills what the text does not."""
+    """Training rows `[prompt | answer | padding]`. The answer of every row has the same length; EOS fills what the text does not.
+
+    step_map: of answers that a decoder wrote, the step at which each position was decided (its trace's `born`); -1 where it was not, as in
+    the prompt and in what fills a row behind its end.
+    """
 
     tokens: Int[Tensor, "B L"]
     prompt_length: Int[Tensor, "B"]
     answer_length: int
+    step_map: Int[Tensor, "B L"] | None = None
 
     @property
     def answer(self) -> Bool[Tensor, "B L"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.split import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,8 +49,10 @@ class Source:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        step_map: Int[Tensor, "N L"] | None = None,
     ) -> None:
         self.tokens, self.prompt_length, self.answer_length = tokens, prompt_length, answer_length
+        self.step_map = step_map
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.batches_per_epoch = tokens.shape[0] // (batch_size * world)
         if self.batches_per_epoch == 0:
@@ -72,23 +75,29 @@ class Source:
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` (from 0, over all epochs) of this rank."""
+        return Split(self.rank, self.world).of(self.whole(index))
+
+    def whole(self, index: int) -> Batch:
+        """Batch number `index` of all ranks, in their order: what one process with as many rows would get."""
         epoch, within = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(fold(self.seed, epoch))
             order = torch.randperm(self.tokens.shape[0], generator=generator)
             self._order, self._epoch = order.to(self.tokens.device), epoch
-        start = (within * self.world + self.rank) * self.batch_size
-        return self.rows(self._order[start : start + self.batch_size])
+        size = self.world * self.batch_size
+        return self.rows(self._order[within * size : (within + 1) * size])
 
     def rows(self, chosen: Int[Tensor, "B"]) -> Batch:
         """The batch of the given rows."""
         tokens = self.tokens.index_select(0, chosen).long()
-        return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length)
+        steps = None if self.step_map is None else self.step_map.index_select(0, chosen).long()
+        return Batch(tokens, self.prompt_length.index_select(0, chosen), self.answer_length, steps)
 
     def all_batches(self) -> list[Batch]:
-        """The rows in order, in whole batches: a fixed validation set."""
-        indices = torch.arange(self.batches_per_epoch * self.batch_size, device=self.tokens.device)
-        return [self.rows(part) for part in indices.split(self.batch_size)]
+        """The rows in order, in whole batches of all ranks: a fixed validation set."""
+        size = self.world * self.batch_size
+        indices = torch.arange(self.batches_per_epoch * size, device=self.tokens.device)
+        return [self.rows(part) for part in indices.split(size)]
 
 
 class Rotation:
@@ -106,6 +115,10 @@ class Rotation:
         turn, which = divmod(index, len(self.parts))
         return self.parts[which].batch(turn)
 
+    def whole(self, index: int) -> Batch:
+        turn, which = divmod(index, len(self.parts))
+        return self.parts[which].whole(turn)
+
     def all_batches(self) -> list[Batch]:
         return [batch for part in self.parts for batch in part.all_batches()]
 
@@ -113,6 +126,7 @@ class Rotation:
 class Stream:
     """An endless iterable of training batches that starts where the module says: the loader of the Trainer.
 
+    A batch has the rows of all processes; what is this one's is decided after the noise was drawn (split.py).
     `start` is read when iteration begins, after a checkpoint was restored, so that resuming needs no loader state and Lightning may
     fetch ahead.
     """
@@ -123,7 +137,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         index = self.start()
         while True:
-            yield self.source.batch(index)
+            yield self.source.whole(index)
             index += 1
 
 
@@ -144,6 +158,14 @@ class Data(abc.ABC):
     """What to train on: makes sources of rows, and held-out examples to decode."""
 
     batch_size: int
+    step_maps: ClassVar[bool] = False
+    """Whether the rows say at which step of a decode each token was decided."""
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        """The answer lengths that occur, in tokens; () if unknown."""
+        length = getattr(self, "answer_length", None)
+        return () if length is None else (length,)
 
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -154,8 +176,8 @@ class Data(abc.ABC):
         """Training rows and held-out rows, on `device`."""
 
     @abc.abstractmethod
-    def examples(self, count: int) -> list[Example]:
-        """The first `count` held-out problems."""
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
+        """The first `count` problems of a split, held-out ones by default."""
 
     @abc.abstractmethod
     def check(self, max_positions: int) -> None:
@@ -261,15 +283,17 @@ class StoryData(Data):
             prompt_length = torch.from_numpy(arrays[1].astype(np.int64)).to(device)
             return Source(tokens, prompt_length, self.answer_length, batch_size, seed, rank, world)
 
-        return source(train, self.batch_size, rank, world), source(heldout, min(self.batch_size, self.heldout), 0, 1)
+        return source(train, self.batch_size, rank, world), source(
+            heldout, max(1, min(self.batch_size, self.heldout // world)), rank, world
+        )
 
-    def examples(self, count: int) -> list[Example]:
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
         from functools import partial
 
         from dllm_toolkit.data import stories
 
         tokenizer = self.tokenizer()
-        problems = [stories.story(self.data_seed, index, "heldout", self.style) for index in range(count)]
+        problems = [stories.story(self.data_seed, index, split, self.style) for index in range(count)]
         return [
             Example(
                 tokenizer.encode(stories.format_prompt(problem), add_special_tokens=False),
@@ -314,10 +338,18 @@ class AlternatingData(Data):
         made = [part.sources(device, fold(seed, number) >> 32, rank, world) for number, part in enumerate(self.parts)]
         return Rotation([train for train, _ in made]), Rotation([heldout for _, heldout in made])  # type: ignore[misc]
 
-    def examples(self, count: int) -> list[Example]:
+    @property
+    def step_maps(self) -> bool:  # type: ignore[override]
+        return all(part.step_maps for part in self.parts)
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        return tuple(length for part in self.parts for length in part.answer_lengths)
+
+    def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
         """The parts' first problems in turn."""
         share = -(-count // len(self.parts))
-        return [one for group in zip(*(part.examples(share) for part in self.parts), strict=True) for one in group][:count]
+        return [one for group in zip(*(part.examples(share, split) for part in self.parts), strict=True) for one in group][:count]
 
 
 def _graded(problem: object, text: str) -> bool:

@@ -1,4 +1,8 @@
-"""Exponential moving average of the trained parameters: used for validation, for decoding while training, and for what is exported."""
+"""Exponential moving average of the trained parameters: used for validation, for decoding while training, and for what is exported.
+
+Sharded parameters have sharded averages. Their state is whole, so that a run may be resumed with another number of devices; making and
+loading it takes all processes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor put together, on all processes, which must all ask; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class Average:
@@ -58,11 +68,14 @@ class Average:
 
     def state_dict(self) -> dict[str, Tensor | int]:
         assert not self._swapped, "the averages are swapped in; the state would hold the live parameters"
-        return {"updates": self.updates, **{f"shadow.{name}": t for name, t in zip(self.names, self.shadow, strict=True)}}
+        return {"updates": self.updates, **{f"shadow.{name}": whole(t) for name, t in zip(self.names, self.shadow, strict=True)}}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         self.updates = int(state["updates"])
         for name, shadow in zip(self.names, self.shadow, strict=True):
             value = state[f"shadow.{name}"]
             assert isinstance(value, Tensor)
-            shadow.copy_(value.to(shadow.device))
+            value = value.to(shadow.device)
+            if isinstance(shadow, DTensor):
+                value = distribute_tensor(value, shadow.device_mesh, shadow.placements)
+            shadow.copy_(value)

@@ -55,7 +55,6 @@ def export(model: Transformer, directory: Path, batch: Batch, *, attention: str,
     Raises ExportError, and writes nothing, if float16 cannot hold the weights or changes what the model says.
     """
     if has_adapter(model):
-        assert block_size is not None
         save_adapter(model, directory, attention=attention, block_size=block_size)
         _readable(directory)
         return {}

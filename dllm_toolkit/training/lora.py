@@ -113,7 +113,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_adapter(model: Transformer, directory: str | Path, *, attention: str, block_size: int) -> None:
+def save_adapter(model: Transformer, directory: str | Path, *, attention: str, block_size: int | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, and student.json with the student's attention rule.
 
     Keys are base_model.model.<module path>.lora_A.weight and .lora_B.weight, float32.

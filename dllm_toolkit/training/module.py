@@ -1,26 +1,29 @@
 """The Lightning module: optimiser, schedule, averaging, clipping, checkpoint state. No mathematics of its own.
 
 `training_step` is `objective(model, batch, generator)`. All randomness of a step comes from (seed, batch number), so a run that was
-killed and resumed repeats the losses it would have had.
+killed and resumed repeats the losses it would have had. Several processes share each step (split.py): their losses are those of one process
+with the whole batch. Under `strategy: fsdp` the weights, their averages and the optimiser's state are sharded between steps.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
-from dllm_toolkit.training.ema import Average
+from dllm_toolkit.training.ema import Average, whole
 from dllm_toolkit.training.objectives import Loss, Objective
 from dllm_toolkit.training.optim import LearningRate, OptimizerRecipe
+from dllm_toolkit.training.split import Split
 
 _NOISE, _VALIDATION = 1, 2
 
@@ -44,6 +47,7 @@ class DiffusionModule(pl.LightningModule):
         max_minutes: float | None = None,
         compile: bool = False,
         seed: int = 0,
+        teacher: Transformer | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -51,6 +55,7 @@ class DiffusionModule(pl.LightningModule):
         self.optimizer_recipe, self.schedule = optimizer, schedule
         self.gradient_clip = gradient_clip
         self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
+        self._teacher = (teacher,)  # in a tuple: no part of what is trained, counted and saved
         self.average = Average(model, ema) if ema is not None else None
         self.batches = 0  # micro-batches consumed, over all processes of the run
         self.elapsed = 0.0  # seconds of training before this process
@@ -58,7 +63,9 @@ class DiffusionModule(pl.LightningModule):
         self.last_loss: Tensor | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
+        self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
         self._started: float | None = None
+        self._told: float | None = None  # what process 0 said the time was, for the length of a step
         self._validation_losses: list[Tensor] = []
         # Eager for validation, whose no_grad and eval would be more graphs.
         self._train_objective = objective.compiled() if compile else objective
@@ -68,6 +75,8 @@ class DiffusionModule(pl.LightningModule):
     @property
     def seconds(self) -> float:
         """Seconds of training so far, earlier processes of the run included."""
+        if self._told is not None:
+            return self._told
         return self.elapsed + (0.0 if self._started is None else time.monotonic() - self._started)
 
     @property
@@ -83,12 +92,14 @@ class DiffusionModule(pl.LightningModule):
     # ---- one step
 
     def noise(self, *numbers: int) -> torch.Generator:
-        """A generator on the model's device whose state depends on the run's seed, this rank and `numbers` only."""
-        return torch.Generator(self.device).manual_seed(fold(self.seed, self.global_rank, *numbers))
+        """A generator on the model's device whose state depends on the run's seed and `numbers` only: the same in every process."""
+        return torch.Generator(self.device).manual_seed(fold(self.seed, 0, *numbers))
 
     def on_fit_start(self) -> None:
         if self.average is not None:
             self.average.to(self.device)
+        if self._teacher[0] is not None:
+            self._teacher[0].to(self.device)
 
     def on_train_start(self) -> None:
         self._started = time.monotonic()
@@ -98,20 +109,67 @@ class DiffusionModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from the global generator; tie it to the batch too.
         torch.manual_seed(fold(self.seed, self.global_rank, self.batches))
+        self._agree_on_time()
         factor = self.schedule.factor(self.global_step, self.progress)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._train_objective(self.model, batch, self.noise(_NOISE, self.batches))
+        noise, (teacher,) = self.noise(_NOISE, self.batches), self._teacher
+        loss = self._train_objective(self.model, batch, noise, teacher=teacher, progress=self.progress, split=self._split)
         self.batches += 1
-        self.last_loss, self.last_metrics = loss.value.detach(), loss.metrics
-        return loss.value
+        self.last_loss, self.last_metrics = self._summed(loss)
+        if self._split is None or loss.share is None:
+            return loss.value
+        return loss.value * (loss.share * self._split.world)  # gradients are averaged, and these are to be added
+
+    def _summed(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of the whole batch, the same in every process."""
+        if self._split is None or loss.share is None:
+            return loss.value.detach(), loss.metrics
+        # One small message a step, which no process waits for before it logs.
+        parts = torch.stack([loss.value.detach(), *(value.to(loss.value.dtype) for value in loss.metrics.values())]) * loss.share
+        torch.distributed.all_reduce(parts)
+        return parts[0], dict(zip(loss.metrics, parts[1:], strict=True))
+
+    @property
+    def _split(self) -> Split | None:
+        return Split(self.global_rank, self.trainer.world_size) if self.trainer.world_size > 1 else None
+
+    def _agree_on_time(self) -> None:
+        """A learning rate that follows the time must be the same everywhere: process 0 has the clock."""
+        self._told = None
+        if self.max_minutes is not None and self._split is not None:
+            seconds = torch.tensor([self.seconds], dtype=torch.float64, device=self.device)
+            torch.distributed.broadcast(seconds, src=0)
+            self._told = float(seconds)
+
+    # ---- sharded weights
+
+    def configure_model(self) -> None:
+        if self._device_mesh is None or self.sharded:
+            return
+        # One group: whatever an objective does inside a step, it finds whole weights there.
+        fully_shard(self, mesh=self._device_mesh["data_parallel"], reshard_after_forward=True)
+        register_fsdp_forward_method(self, "training_step")
+        if self.average is not None:
+            self.average = Average(self.model, self.average.decay)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return isinstance(self, FSDPModule)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+        # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
+        usable = self.gradient_norm.isfinite()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = torch.where(usable, parameter.grad, 0.0)
+        self.skipped = (~usable).long() if self.skipped is None else self.skipped + (~usable).long()
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -120,6 +178,7 @@ class DiffusionModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.max_minutes is not None:
+            self._told = None
             over = self.seconds >= 60.0 * self.max_minutes
             if self.trainer.world_size > 1:
                 over = self.trainer.strategy.reduce_boolean_decision(over, all=False)
@@ -136,25 +195,40 @@ class DiffusionModule(pl.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[Transformer]:
-        """The model with its averaged weights (if it keeps an average), in evaluation mode, inside the block."""
+        """The model with its averaged weights (if it keeps an average), in evaluation mode, inside the block.
+
+        Where weights are sharded they are whole inside the block, and all processes must enter it.
+        """
         training = self.model.training
         self.model.eval()
         try:
-            if self.average is None:
+            with nullcontext() if self.average is None else self.average.applied(), self._whole():
                 yield self.model
-            else:
-                with self.average.applied():
-                    yield self.model
         finally:
             self.model.train(training)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Sharded weights are whole inside the block."""
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
 
     def on_validation_epoch_start(self) -> None:
         self._validation_losses = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        # Rows that do not go into equal parts are read by every process.
+        split = None if self._split is None or batch.tokens.shape[0] % self._split.world else self._split
         with self.averaged() as model:
-            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx))
-        self._validation_losses.append(loss.value.detach())
+            # As at the end of the run, so that the numbers of one run can be compared.
+            loss: Loss = self.objective(model, batch, self.noise(_VALIDATION, batch_idx), teacher=self._teacher[0], split=split)
+        self._validation_losses.append(self._summed(loss)[0])
 
     def on_validation_epoch_end(self) -> None:
         self.validation_loss = float(torch.stack(self._validation_losses).mean())

@@ -12,14 +12,15 @@ indexing, so no step waits for the device; D2F waits once, for the number of row
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor
 
 from dllm_toolkit.errors import ToolkitError
@@ -28,6 +29,8 @@ from dllm_toolkit.ops.masks import answer_blocks, block_causal
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
 from dllm_toolkit.training.forward import Forward
+from dllm_toolkit.training.split import Split
+from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
 
@@ -48,22 +51,53 @@ class View(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The scalar to minimise, and detached scalars for people to read."""
+    """The scalar to minimise, and detached scalars for people to read. share: of a part of a batch, its share of the whole batch's loss."""
 
     value: Float[Tensor, ""]
     metrics: dict[str, Tensor]
+    share: Float[Tensor, ""] | None = None
 
 
 class Objective(abc.ABC):
     """What a model is trained to do."""
 
     @property
+    def splits(self) -> bool:
+        """Whether parts of a batch add up to the whole (`mass`), so that several processes can share one."""
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether `teach` must be called for each batch."""
         return False
 
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether the teacher may be a model of its own."""
+        return False
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the rows must say at which step of a decode each token was decided."""
+        return False
+
     def check(self, model: Transformer) -> None:  # noqa: B027 - an objective that takes every model has nothing to check
         """Raise ObjectiveError if `model` cannot be trained this way."""
+
+    def check_rows(self, answer_lengths: Sequence[int]) -> None:  # noqa: B027 - as above
+        """Raise ObjectiveError if answers of these lengths, in tokens, cannot be trained on."""
+
+    def decodes(self) -> tuple[Attention, int | None] | None:
+        """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
+        return None
+
+    def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        """Query tokens of student and teacher for one row of `length` tokens: what a step costs, whatever the machine."""
+        return length, length if self.needs_teacher else 0
+
+    def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> View:
+        """Draw what the model sees when a share `progress` of the run is over. Objectives without a schedule define `corrupt` alone."""
+        return self.corrupt(batch, spec.mask_id, generator)
 
     @abc.abstractmethod
     def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
@@ -73,11 +107,18 @@ class Objective(abc.ABC):
         """`view` with what the frozen teacher says; called without gradient and with the adapter off, only if `needs_teacher`."""
         raise ObjectiveError("this objective has no teacher. Nothing was distilled. Ask only where `needs_teacher` is true.")
 
+    def mass(self, spec: ModelSpec, batch: Batch, view: View) -> Num[Tensor, "B"] | None:
+        """Each row's part of what the loss divides its sum by, so that parts of a batch add up; None if it divides by nothing.
+
+        The default is that of a loss that is the mean of the rows.
+        """
+        return torch.ones_like(batch.prompt_length)
+
     @abc.abstractmethod
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         """The loss of one view: deterministic, compilable as one graph."""
 
-    def compiled(self) -> Callable[[Transformer, Batch, torch.Generator], Loss]:
+    def compiled(self) -> Callable[..., Loss]:
         """What is called instead of this objective where it is to be fast: the same, compiled. The whole loss is one static graph."""
         return partial(self.__call__, loss=torch.compile(self.loss, dynamic=False))
 
@@ -88,15 +129,27 @@ class Objective(abc.ABC):
         generator: torch.Generator,
         *,
         loss: Callable[[Transformer, Batch, View], Loss] | None = None,
+        teacher: Transformer | None = None,
+        progress: float = 1.0,
+        split: Split | None = None,
     ) -> Loss:
-        """Corrupt, ask the teacher if there is one, and return the loss. `loss`: the compiled form of the method."""
-        view = self.corrupt(batch, model.spec.mask_id, generator)
+        """Corrupt, ask the teacher if there is one, and return the loss.
+
+        loss: the compiled form of the method. teacher: a model of its own; None is `model` with its adapter off. progress: the share of
+        the run that is over, for schedules. split: after the corruption of the whole batch the rest is done for this part of it.
+        """
+        view = self.show(batch, model.spec, generator, progress)
+        share = None
+        if split is not None:
+            mass = self.mass(model.spec, batch, view)
+            share = view.weight.new_ones(()) if mass is None else split.share(mass.to(view.weight.dtype))
+            batch, view = split.of(batch), split.of(view)
         if self.needs_teacher:
             from dllm_toolkit.training.lora import adapter_off
 
-            with torch.no_grad(), adapter_off(model):
-                view = self.teach(model, batch, view)
-        return (loss or self.loss)(model, batch, view)
+            with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
+                view = self.teach(model if teacher is None else teacher, batch, view)
+        return (loss or self.loss)(model, batch, view)._replace(share=share)
 
 
 declare("objective", Objective)
@@ -153,6 +206,17 @@ def normalise(
     return (total.sum(1) / counted.sum(1).clamp(min=1)).mean()
 
 
+def mass_of(weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser) -> Num[Tensor, "B"] | None:
+    """Each row's part of what `normalise` divides by; None where it divides by nothing."""
+    if how == "none":
+        return None
+    if how == "sum_of_weights":
+        return weight.sum(1)
+    if how in ("answer_length", "row_masked_count"):
+        return torch.ones_like(weight[:, 0])
+    return (answer if how == "batch_length" else weight > 0).sum(1)
+
+
 def _accuracy(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"], selected: Bool[Tensor, "B L"]) -> Float[Tensor, ""]:
     right = (logits.detach().argmax(-1) == tokens) & selected
     return right.sum() / selected.sum().clamp(min=1)
@@ -180,6 +244,9 @@ class MaskedDiffusion(Objective):
     def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
         masked, weight = self.noise(batch, generator)
         return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
+
+    def mass(self, spec: ModelSpec, batch: Batch, view: View) -> Num[Tensor, "B"] | None:
+        return mass_of(view.weight, batch.answer, self.normaliser)
 
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         if model.spec.attention == "block_causal":
@@ -215,15 +282,22 @@ class Autoregressive(Objective):
 
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         logits = model.logits(view.tokens)
-        weight = view.weight
-        if not self.padding:
-            ended = torch.zeros_like(batch.answer)
-            for eos in model.spec.eos_ids:
-                ended = ended | (batch.tokens == eos)
-            ended = ended & batch.answer
-            weight = weight * (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
+        weight = self._weight(model.spec, batch, view)
         value = normalise(cross_entropy(logits, batch.tokens), weight, batch.answer, "sum_of_weights")
         return Loss(value, {"token_accuracy": _accuracy(logits, batch.tokens, weight > 0)})
+
+    def mass(self, spec: ModelSpec, batch: Batch, view: View) -> Num[Tensor, "B"] | None:
+        return mass_of(self._weight(spec, batch, view), batch.answer, "sum_of_weights")
+
+    def _weight(self, spec: ModelSpec, batch: Batch, view: View) -> Float[Tensor, "B L"]:
+        """1 at the positions that count."""
+        if self.padding:
+            return view.weight
+        ended = torch.zeros_like(batch.answer)
+        for eos in spec.eos_ids:
+            ended = ended | (batch.tokens == eos)
+        ended = ended & batch.answer
+        return view.weight * (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
 
 
 @register("objective", "d2f")
@@ -264,6 +338,9 @@ class D2FDistillation(Objective):
     def needs_teacher(self) -> bool:
         return self.self_align
 
+    def decodes(self) -> tuple[Attention, int | None]:
+        return "block_causal", self.block_length
+
     def check(self, model: Transformer) -> None:
         if model.spec.attention == "causal":
             raise ObjectiveError(
@@ -277,6 +354,9 @@ class D2FDistillation(Objective):
         if not self.weighted:
             weight = (weight > 0).to(weight.dtype)
         return View(batch.tokens.masked_fill(masked, mask_id), masked, weight)
+
+    def mass(self, spec: ModelSpec, batch: Batch, view: View) -> Num[Tensor, "B"] | None:
+        return mass_of(view.weight, batch.answer, self.normaliser)
 
     def compiled(self) -> D2FDistillation:
         """One layer and one chunk of the loss are compiled: the same graphs serve every layer, teacher, and number of masks."""

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.evaluation.processes import ALONE, announced
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
+from dllm_toolkit.training.ema import whole
 from dllm_toolkit.training.export import export, write_card
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.module import DiffusionModule
 from dllm_toolkit.training.objectives import D2FDistillation, Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
+from dllm_toolkit.training.split import Split
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 class TrainError(ToolkitError):
@@ -40,7 +47,9 @@ class TrainerSettings:
 
     max_minutes: wall minutes of training, compilation and validation included, over all processes of a resumed run; the learning rate
     anneals by the larger of step share and time share. accumulate: batches for each optimiser step. validate_every, checkpoint_every
-    and log_every count optimiser steps; validate_every 0 validates only at the end.
+    and log_every count optimiser steps; validate_every 0 validates only at the end. devices: of this machine; under torchrun there is one
+    for each process that it started, on all machines. strategy: auto (ddp for several devices), ddp, ddp_find_unused_parameters_true, or
+    fsdp (weights and the optimiser's state are sharded). A batch of the data is one device's: n devices take steps of n batches.
     """
 
     max_steps: int | None = None
@@ -63,6 +72,10 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
+        if self.strategy not in STRATEGIES:
+            raise TrainError(f"strategy has no such name, got {self.strategy!r}. Write one of {', '.join(STRATEGIES)}.")
+        if self.strategy == "fsdp" and self.precision == "64-true":
+            raise TrainError("precision 64-true is not there with strategy fsdp. Write precision: 32-true, or strategy: ddp.")
         if self.validate_every < 0:
             raise TrainError(f"validate_every must be 0 or more, got {self.validate_every}. 0: at the end. Write validate_every: 0.")
         for name, example in (("max_minutes", 10), ("gradient_clip", 1.0)):
@@ -89,16 +102,32 @@ class TrainRecipe:
     trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings(max_steps=1000))
     ema: float | None = None
     lora: Lora | None = None
+    teacher: Lazy[Model] | None = None
     callbacks: tuple[pl.Callback, ...] = ()
     export: Path | None = None
     summary: str = "A model trained with dllm_toolkit."
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective.needs_teacher and self.lora is None:
+        if self.objective.needs_teacher and self.lora is None and self.teacher is None:
             raise TrainError(
                 "this objective needs a frozen teacher, got no lora. The teacher is the model with its adapter off. "
-                "Write lora: {rank: 32, alpha: 32}."
+                "Write lora: {rank: 32, alpha: 32}, or teacher: with a model of its own."
+            )
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} learns from no teacher, got one. It would be loaded and never asked. "
+                "Leave teacher: out, or write another objective, such as dscd."
+            )
+        if self.teacher is not None and not self.objective.takes_teacher:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
+                "Write lora: instead; the teacher is then the model with its adapter off."
+            )
+        if self.objective.needs_steps and not self.data.step_maps:
+            raise TrainError(
+                f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
+                "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
             )
         if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
             raise TrainError(
@@ -110,6 +139,7 @@ class TrainRecipe:
                 f"precision 64-true widens all weights, got lora.frozen {self.lora.frozen!r}. They would not stay so. "
                 "Write precision: bf16-mixed, or frozen: float32."
             )
+        self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
         if not 0 <= self.seed < 1 << 32:
@@ -125,11 +155,22 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     checkpoint = owned(built.output, recipe)
     check_export(recipe, built.export)
     model = _prepare(recipe, built)
+    teacher = _teacher(recipe, built, model)
     trainer = _trainer(recipe, built, checkpoint)
-    claim(built.output, recipe)
+    if trainer.world_size > 1 and not built.objective.splits:
+        raise ToolkitError(
+            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. The "
+            "parts of its loss do not add up over parts of a batch. Write devices: 1 under trainer, or objective: d2f or masked_diffusion."
+        )
+    if trainer.is_global_zero:
+        claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+    compile = on_gpu if settings.compile == "auto" else settings.compile
+    if compile and trainer.world_size > 1:
+        # Compiled are pieces of a step; cut up at the buckets of DDP they would only be more graphs, and some operators cannot be cut.
+        torch._dynamo.config.optimize_ddp = False
     module = DiffusionModule(
         model,
         built.objective,
@@ -139,13 +180,14 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         gradient_clip=settings.gradient_clip,
         max_steps=settings.max_steps,
         max_minutes=settings.max_minutes,
-        compile=on_gpu if settings.compile == "auto" else settings.compile,
+        compile=compile,
         seed=built.seed,
+        teacher=teacher,
     )
     device = trainer.strategy.root_device
-    say(f"making {type(built.data).__name__} on {device}")
+    say(f"making {type(built.data).__name__} on {device}", trainer)
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
-    say(f"{train.size}, {train.batches_per_epoch} batches an epoch")
+    say(f"{train.size}, {train.batches_per_epoch} batches an epoch", trainer)
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)
@@ -166,8 +208,10 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     return module
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, trainer: pl.Trainer | None = None) -> None:
+    """A line for people, from one process of a trainer."""
+    if trainer is None or trainer.is_global_zero:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -199,7 +243,9 @@ def claim(output: Path, recipe: Recipe) -> None:
     """Make `output` this recipe's own. Only once everything that can be refused was looked at: a mistake must not take a directory."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (output / "recipe.sha").write_text(recipe.hash() + "\n", encoding="utf-8")
+    # Renamed into place: another process of the run must not read half a hash.
+    (output / "recipe.sha.new").write_text(recipe.hash() + "\n", encoding="utf-8")
+    (output / "recipe.sha.new").replace(output / "recipe.sha")
 
 
 def check_export(recipe: Recipe, where: Path | None) -> None:
@@ -238,9 +284,9 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
         )
     frozen = torch.float32 if built.lora is None else getattr(torch, built.lora.frozen)
     model.to(frozen).train().requires_grad_(True)  # loaded models come frozen, for decoding
-    if isinstance(built.objective, D2FDistillation):
-        # Matters for decoding only: both passes of the loss are given their masks.
-        model.with_attention("block_causal", built.objective.block_length)
+    rule = built.objective.decodes()
+    if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
+        model.with_attention(*rule)
     if built.lora is not None:
         with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
             torch.manual_seed(built.seed)
@@ -250,6 +296,28 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
             with _placed(recipe, "callbacks", str(number)):
                 callback.check(model.spec)
     return model
+
+
+def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transformer | None:
+    """The frozen teacher, if it is a model of its own and the objective asks one."""
+    if built.teacher is None or not built.objective.needs_teacher:
+        return None
+    teacher = built.teacher.build()
+    with _placed(recipe, "teacher"):
+        if not isinstance(teacher, Transformer):
+            raise TrainError(f"a teacher is a native Transformer, got {type(teacher).__name__}. Write teacher: {{_component_: load, ...}}.")
+        words = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (teacher, student)]
+        if teacher.spec.vocab_size != student.spec.vocab_size or (None not in words and words[0] != words[1]):
+            raise TrainError(
+                f"teacher and student have different tokenizers, got {teacher.spec.vocab_size} and {student.spec.vocab_size} rows of the "
+                "vocabulary. Their distributions are over the same words or cannot be compared. Use a teacher with the student's tokenizer."
+            )
+        if teacher.spec.mask_id != student.spec.mask_id or teacher.spec.attention == "causal":
+            raise TrainError(
+                f"the teacher must fill the student's masks, got mask ids {teacher.spec.mask_id} and {student.spec.mask_id}, attention "
+                f"{teacher.spec.attention!r}. Write a teacher trained with objective: masked_diffusion."
+            )
+    return teacher.float().eval().requires_grad_(False)
 
 
 def _base_name(built: TrainRecipe) -> str:
@@ -278,13 +346,15 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
         enable_version_counter=False,
     )
     with _placed(recipe, "trainer"):
+        devices, nodes = _places(settings)
         return pl.Trainer(
             max_steps=-1 if settings.max_steps is None else settings.max_steps,
             max_epochs=-1,
             precision=settings.precision,
             accelerator=settings.accelerator,
-            devices=settings.devices,
-            strategy=settings.strategy,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=_strategy(settings, devices * nodes),
             accumulate_grad_batches=settings.accumulate,
             val_check_interval=settings.validate_every * settings.accumulate or None,
             check_val_every_n_epoch=None,
@@ -301,17 +371,36 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
         )
 
 
+def _places(settings: TrainerSettings) -> tuple[int, int]:
+    """Devices a machine, and machines. What torchrun started counts."""
+    # Other processes are Lightning's own to start and to announce.
+    here = announced() if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
+    if here.count == 1:
+        return settings.devices, 1
+    if settings.devices not in (1, here.local):
+        raise TrainError(
+            f"devices is {settings.devices}, but torchrun started {here.local} processes on this machine. Each trains on one. "
+            f"Write devices: {here.local}, or leave it out."
+        )
+    return here.local, here.count // here.local
+
+
+def _strategy(settings: TrainerSettings, world: int) -> Any:
+    if settings.strategy != "fsdp":
+        return settings.strategy
+    # FSDP of DTensors (`fully_shard`): parameters keep their shapes, so weight decay, clipping and averages mean what they always mean.
+    return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
 def _finish(
     recipe: Recipe, built: TrainRecipe, trainer: pl.Trainer, module: DiffusionModule, train: Source | Rotation, validation: list
 ) -> None:
-    """The last validation, the checkpoint, the export and its card. Rank 0 writes."""
+    """The last validation, the checkpoint, the export and its card. Rank 0 writes; all validate, since weights may be sharded."""
     device = trainer.strategy.root_device
     module.to(device)
     if module.average is not None:
         module.average.to(device)
     trainer.save_checkpoint(built.output / "last.ckpt")
-    if not trainer.is_global_zero:
-        return
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         module.on_validation_epoch_start()
         for number, batch in enumerate(validation):
@@ -320,14 +409,29 @@ def _finish(
     assert module.last_loss is not None and module.validation_loss is not None
     say(
         f"step {trainer.global_step}: train loss {float(module.last_loss):.4f}, validation loss {module.validation_loss:.4f}, "
-        f"{module.seconds:.0f} s"
+        f"{module.seconds:.0f} s",
+        trainer,
     )
     if built.export is None:
         return
     with module.averaged() as model:
+        if module.sharded:  # a copy of its own with whole weights: what a sharded module gives away is its shards
+            weights = {name: whole(value).cpu() for name, value in model.state_dict().items()}
+            model = _prepare(recipe, built) if trainer.is_global_zero else model
+            if trainer.is_global_zero:
+                model.load_state_dict(weights)
+                model.to(device).eval()
+        if not trainer.is_global_zero:
+            return
         spec = model.spec
-        report = export(model, built.export, validation[0], attention=spec.attention, block_size=spec.block_size)
+        report = export(
+            model, built.export, Split(0, trainer.world_size).of(validation[0]), attention=spec.attention, block_size=spec.block_size
+        )
     sequences = module.batches * built.data.batch_size * trainer.world_size
+    costs = [built.objective.lanes(part.tokens.shape[1], part.answer_length) for part in train.parts]
+    lanes = {
+        who: round(sequences * sum(cost) / len(costs)) for who, cost in zip(("student", "teacher"), zip(*costs, strict=True), strict=True)
+    }
     write_card(
         built.export,
         {
@@ -344,6 +448,7 @@ def _finish(
                 "steps": trainer.global_step,
                 "sequences": sequences,
                 "rows": train.size,
+                "lanes": lanes,
                 "seconds": round(module.seconds, 1),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
                 "devices": trainer.world_size,

@@ -11,7 +11,7 @@ import pytest
 from dllm_toolkit import cli, registry
 from dllm_toolkit.errors import ToolkitError
 
-COMMANDS = ["compare", "generate", "train", "list", "show", "check", "golden", "doctor"]
+COMMANDS = ["compare", "report", "generate", "train", "list", "show", "check", "golden", "doctor"]
 TINY = """
 model: {_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 64}
 decoder: {_component_: semi_ar, block_length: 4}

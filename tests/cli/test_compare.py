@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -140,35 +138,6 @@ def test_answers_do_not_depend_on_the_batch(recipe: Path, tmp_path: Path, capsys
         batches = {(r.configuration, r.batch): r.batch_seconds for r in records}
         assert sum(r.seconds for r in records) == pytest.approx(sum(batches.values()))
     capsys.readouterr()
-
-
-def test_kill_nine_and_continue(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["task.size=12", "run.batch_size=2", "run.max_new_tokens=32", "run.warm_up=0"]
-    path = tmp_path / "run" / "ledger.jsonl"
-    with subprocess.Popen([*COMMAND, str(recipe), *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while not (path.exists() and path.read_bytes().count(b"\n") >= 9):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-    killed = path.read_bytes()
-    _, kept = ledger.read(path)
-    assert 8 <= len(kept) < 72
-
-    path.write_bytes(killed + b'{"kind": "record", "configuration": "van')  # as if the kill had come in the middle of a line
-    assert cli.main(["compare", str(recipe), *overrides]) == 0
-    shown = capsys.readouterr()
-    assert f"already holds {len(kept)} of 72" in shown.err and "unfinished batch" in shown.err
-    _, records = ledger.read(path)
-    assert len(records) == 72 and records[: len(kept)] == kept  # what was measured is kept, with its times
-    assert json.loads(shown.out.splitlines()[-1])["rows"][-1]["problems"] == 12
-
-    # the same as a run that nobody killed
-    assert cli.main(["compare", str(recipe), *overrides, f"output={tmp_path / 'whole'}"]) == 0
-    _, whole = ledger.read(tmp_path / "whole" / "ledger.jsonl")
-    assert [(r.configuration, r.problem, r.output, r.nfe) for r in whole] == [
-        (r.configuration, r.problem, r.output, r.nfe) for r in records
-    ]
 
 
 BAD = {

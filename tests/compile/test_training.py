@@ -1,4 +1,4 @@
-"""A compiled D2F step: one graph for all layers of the teacher, one for the student's, whatever the prompts."""
+"""A compiled D2F step: one graph for all layers of the teacher, one for the student's, whatever the prompts. A sum of terms is one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.training import forward
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.lora import Lora, inject
+from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
 from dllm_toolkit.training.objectives import D2FDistillation, full_blocks, student_blocks
 
 
@@ -44,4 +45,20 @@ def test_layers_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.allclose(hidden, forward.Forward().hidden(model, tokens, block), atol=1e-12)
         model.train()
     assert counters["stats"]["unique_graphs"] == 3  # teacher, student, and the teacher's over tiles
+    torch._dynamo.reset()
+
+
+def test_a_sum_of_terms_is_one_graph_at_every_point_of_the_run() -> None:
+    """Block length, ratio and shares change over the run; the graph does not."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = transformer(vocab_size=31, mask_id=30, eos_ids=[29], pad_id=29, width=16, layers=1, heads=2, mlp_width=24, max_positions=32)
+    tokens = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, torch.tensor([4, 6]), 12, torch.arange(24).expand(2, 24))
+    objective = PseudoTrajectory((2, 6))
+    compiled = torch.compile(objective.loss, backend="eager", fullgraph=True, dynamic=False)
+    for progress in (0.0, 0.5, 1.0):
+        view = objective.show(batch, model.spec, torch.Generator().manual_seed(1), progress)
+        assert torch.allclose(compiled(model, batch, view).value, objective.loss(model, batch, view).value)
+    assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

@@ -124,3 +124,18 @@ def test_the_example_recipe_is_valid(examples: Path) -> None:
     assert set(checked.tree["configurations"]) == {"one_at_a_time", "threshold", "entropy_spend", "look_twice"}
     built = checked.build(CompareRecipe)
     assert type(built.configurations["entropy_spend"].decoder.commit).__name__ == "EntropySpend"
+
+
+def test_an_objective_of_ones_own_trains(examples: Path, tmp_path: Path) -> None:
+    """The recipe as a user would run it, on a tiny model: it trains, exports, and the student decodes as its layout says."""
+    from dllm_toolkit import cli
+    from dllm_toolkit.models.load import load
+
+    text = (ROOT / "examples" / "my_objective.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    tiny = "{_component_: fresh, width: 16, layers: 1, heads: 2}"
+    small = [f"model={tiny}", f"data.model={tiny}", "data.decoder={_component_: fast_dllm, threshold: 0.0}", "data.right_only=false"]
+    small += [f"data.prompts.{name}={value}" for name, value in {"size": 8, "heldout": 2, "batch_size": 4}.items()]
+    small += ["trainer.max_steps=2", "trainer.precision=32-true", f"data.store={tmp_path / 'answers'}", f"output={tmp_path / 'run'}"]
+    assert cli.main(["train", str(examples / "my_objective.yaml"), *small, f"export={tmp_path / 'model'}"]) == 0
+    assert (load(str(tmp_path / "model")).spec.attention, load(str(tmp_path / "model")).spec.block_size) == ("block_causal", 16)

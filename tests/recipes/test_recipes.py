@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dllm_toolkit import cli, recipe
 from dllm_toolkit.decoders.learn2pd import save_filter
@@ -24,6 +25,7 @@ DECODE = sorted((ROOT / "recipes" / "decode").glob("*.yaml"))
 VECTORS = ROOT / "tests" / "golden" / "vectors"
 CAUSAL = "model={_component_: fresh, width: 16, layers: 1, heads: 2, attention: causal, shift: 1}"
 
+FRESH = "{_component_: fresh, width: 16, layers: 1, heads: 2}"
 BLOCKWISE = CAUSAL.replace("causal, shift: 1", "block_causal, block_size: 4")
 
 COMPARE = ("task.size=1", "run.max_new_tokens=6", "run.warm_up=0", "run.device=cpu", "report.tensorboard=false")
@@ -48,9 +50,28 @@ TRAIN_POLICY = (
 
 def small(data: dict, at: str = "data") -> list[str]:
     """Overrides that make training data small, part by part where it has parts."""
+    if "prompts" in data:
+        return small(data["prompts"], f"{at}.prompts")
     if "parts" in data:
         return [one for number, part in enumerate(data["parts"]) for one in small(part, f"{at}.parts.{number}")]
     return [f"{at}.{name}={value}" for name, value in SMALL.items()]
+
+
+def one_cell(path: Path) -> list[str]:
+    """Overrides that leave one value of each sweep, for a comparison of very many students."""
+    if path.name != "distillation.yaml":
+        return []
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["configurations"]
+    return [f"configurations.{name}.decoder.threshold=0.9" for name, one in written.items() if "_sweep_" in str(one)]
+
+
+def self_distilled(tree: dict, output: Path) -> list[str]:
+    """Overrides of a recipe whose data a model writes: tiny models, and answers of a few steps."""
+    causal = "autoregressive" in tree["model"]["path"]
+    model = CAUSAL if causal else f"model={FRESH}"
+    teacher = [f"teacher={FRESH}"] if "teacher" in tree else []
+    quick = "data.decoder={_component_: fast_dllm, threshold: 0.0}"
+    return [model, f"data.model={FRESH}", *teacher, quick, "data.right_only=false", f"data.store={output / 'answers'}"]
 
 
 def stand_in(model: dict, at: str = "model") -> list[str]:
@@ -77,7 +98,13 @@ def task_stand_in(task: dict, models: dict, directory: Path) -> list[str]:
     changed += ["task.execute=true"] if "execute" in task else []
     changed += ["task.chat=false"] if "chat" in task else []
     if any(not model.get("path", "asset:").startswith("asset:") for model in models.values()):
-        changed += [f"models.{key}={{_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024}}" for key in models]
+        rules = {
+            key: "".join(f", {name}: {model[name]}" for name in ("attention", "block_size") if name in model)
+            for key, model in models.items()
+        }
+        changed += [
+            f"models.{key}={{_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024{rule}}}" for key, rule in rules.items()
+        ]
         changed += ["run.dtype=float32"]
     return changed
 
@@ -95,7 +122,8 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             command.append(f"decoder.filter={output / 'filter'}")
     elif root is CompareRecipe:
         stand_ins = task_stand_in(tree["task"], tree["models"], tmp_path / "data")
-        command = ["compare", str(path), *COMPARE, *stand_ins, f"output={output}"]
+        command = ["compare", str(path), *COMPARE, *stand_ins, *one_cell(path), f"output={output}"]
+        tree = recipe.load(path, command[2:]).tree
         if tree["task"]["_component_"] == "math500":
             pytest.importorskip("math_verify", reason="math-verify is not installed (pip install 'dllm-toolkit[eval]')")
     elif root is HarnessRecipe:
@@ -109,6 +137,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         command = ["train", str(path), *TRAIN_POLICY, f"output={output}"]
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
+        tiny = self_distilled(tree, output) if tree["data"]["_component_"] == "recorded" else tiny
         command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else (*TRAIN, *small(tree["data"]))), *tiny, f"output={output}"]
     assert cli.main(["show", *command[1:]]) == 0
     capsys.readouterr()

@@ -196,14 +196,14 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def test_two_runs_that_start_in_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run renames its new file over ours between our rename and our lock: our records would go to a file without a name."""
     path = tmp_path / "ledger.jsonl"
-    lock = ledger._lock
+    lock = ledger.lock
 
     def late(stream: IO[bytes], where: Path) -> None:
         lock(stream, where)
         (tmp_path / "other").write_bytes(where.read_bytes())
         os.replace(tmp_path / "other", where)
 
-    monkeypatch.setattr(ledger, "_lock", late)
+    monkeypatch.setattr(ledger, "lock", late)
     with pytest.raises(LedgerError, match="another run"), ledger.open_ledger(path, header()):
         pass
 
