@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from dllm_toolkit.decoders.base import Decoder
@@ -44,3 +44,10 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def structure(part: Any) -> Any:
+    """What decides which code a component runs through: types, flags and words, not numbers."""
+    if is_dataclass(part):
+        return (type(part), *((one.name, structure(getattr(part, one.name))) for one in fields(part)))
+    return part if isinstance(part, bool | str | None) else bool(part) if isinstance(part, tuple) else type(part)

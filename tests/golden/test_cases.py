@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 
 from dllm_toolkit.testing import golden
+from dllm_toolkit.testing.case import structure
 from dllm_toolkit.testing.golden_plan import Case, Declined, plan, prompts
 from dllm_toolkit.testing.golden_replay import WHAT, compare, replay
 
@@ -23,13 +23,6 @@ NAMED = {
     if case["name"] not in DECLINED
 }
 BUILT = [pytest.param(case, id=name) for name, case in NAMED.items()]
-
-
-def structure(part: Any) -> Any:
-    """What decides which code a decode runs through: types, flags and words, not numbers."""
-    if is_dataclass(part):
-        return (type(part), *((one.name, structure(getattr(part, one.name))) for one in fields(part)))
-    return part if isinstance(part, bool | str | None) else bool(part) if isinstance(part, tuple) else type(part)
 
 
 def companies() -> list[Any]:
