@@ -56,7 +56,7 @@ class Look(NamedTuple):
 def look(
     cache: Cache, count: int, plain: bool, each: bool, state: State, region: Region, shadows: Canvas | None, memory: Memory
 ) -> Look:
-    """count: canvases that share a row of the buffer; plain: there is one, and nobody asks for shadows; each: count the lanes of each row."""
+    """count: canvases that share a row of the buffer; plain: one, and nobody asks for shadows; each: count the lanes of each row."""
     alive = ~state.done.unsqueeze(1)
     dirty = memory.written != state.tokens
     plan = cache.plan(region, state, memory.own, dirty)
