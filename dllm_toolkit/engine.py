@@ -90,11 +90,14 @@ class Engine:
         self._waiting = False  # for `keep`
         self._apart: lanes.SheetLanes | None = None  # lanes of the last forward, if some of their keys stand in scratch slots
         self._core = recordable(model) if compile else None
-        self._space = self._workspace(rows * branches // self.sheets, length, state)
-        self._pool = self._space.pool
-        self._warm_up = self._pool.seconds
-        first = Memory(cache.init(every), torch.full_like(every.tokens, -1), torch.zeros_like(state.step), torch.zeros_like(state.step))
-        self._memory: Memory = self._pool.hold(first)
+        # What stays for later decodes may be written to inside inference mode and outside.
+        with torch.inference_mode(False), torch.no_grad():
+            self._space = self._workspace(rows * branches // self.sheets, length, state)
+            self._pool = self._space.pool
+            self._warm_up = self._pool.seconds
+            zeros = torch.zeros_like(state.step)
+            first = Memory(cache.init(every), torch.full_like(every.tokens, -1), zeros, zeros.clone())
+            self._memory: Memory = self._pool.hold(first)
 
     def _workspace(self, rows: int, length: int, state: State) -> workspace.Workspace:
         model, device = self.model, state.tokens.device
@@ -169,7 +172,7 @@ class Engine:
             answer = trees.over(torch.clone, answer)
         self.last = Asked(state, region, seen.plan, answer)
         if self.listen is not None:
-            self.listen(self.last)
+            self.listen(self.last if self._pool.kind is None else trees.over(torch.clone, self.last))  # listeners may keep it
         return answer
 
     def keep(self, choice: Int[Tensor, "B"]) -> None:
@@ -224,8 +227,7 @@ class Engine:
         """
         if not self.compile or (light and self._pool.kind is None):
             return function
-        # Keyed by the bound method, not its name: a decoder may hold two template decoders.
-        unit = self._space.unit(function, function)
+        unit = self._space.unit(_rule(function), function)
         if borrow or self._pool.kind is None:
             return unit
         return lambda *arguments: trees.over(torch.clone, unit(*arguments))
@@ -264,7 +266,7 @@ class Engine:
             def direct(state: State, region: Region, seen: Look) -> tuple[Query, Tensor]:
                 return rounds.prepare(spec, width, reads, slots, Part.of(state, region, seen))
 
-            query, where = self._run(("prepare", width, reads), direct, state, region, seen)
+            query, where = self._run(("prepare", slots, width, reads), direct, state, region, seen)
             answer = Answer(self._forward(query, kv), where)
             self._memory = self._pool.hold(self._run("after", self._after(), state, region, seen, self._memory))
             return answer
@@ -277,7 +279,7 @@ class Engine:
                 part = Part.of(state, region, seen)
                 alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec)) for row in apart]
                 left = part.without(apart)
-        name = ("forward", width, reads, flat, left is None)
+        name = ("forward", id(kv), width, reads, flat, left is None)
         unit = self._space.units.get(name)
         if unit is None:
             prepare, after = torch.compile(rounds.prepare, fullgraph=True, dynamic=False), self._after()
@@ -365,6 +367,16 @@ class Engine:
         logits = torch.zeros(rows, reads, state.spec.vocab_size, dtype=dtype, device=state.tokens.device)
         where = torch.full((rows, reads), length, device=state.tokens.device)
         return Answer(logits, where, Shadow(logits.clone(), where.clone()) if shadows else None)
+
+
+def _rule(function: Callable[..., Any]) -> Hashable:
+    """A name for a decoder's function: that of an equal decoder, however often it is made. A decoder may hold two template decoders."""
+    owner = getattr(function, "__self__", None)
+    try:
+        hash(owner)
+    except TypeError:
+        owner = None
+    return ("rule", function) if owner is None else ("rule", type(owner), owner, getattr(function, "__func__", function))
 
 
 def _in_pieces(model: Callable[..., Tensor], core: Transformer, pieces: Pieces) -> Callable[[Query, KVBuffer], Tensor]:

@@ -17,6 +17,7 @@ from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.graphs import Pool, Replayed
 
 MOST = 4  # workspaces of a model; each holds a K/V buffer
+MOST_RULES = 24  # functions of decoders in one of them; each holds its scratch memory, some of it as large as the logits
 
 
 class Workspace:
@@ -39,6 +40,15 @@ class Workspace:
         # Wrappers count in their notes; keys and values are written anew, with the same values.
         return self.kv.notes.buffers()
 
+    def again(self) -> None:
+        """As if it were new, for another decode. What a mask hides is multiplied by 0, which is not enough for NaN."""
+        for one in (self.kv.keys, self.kv.values, self.kv.hidden):
+            if one is not None:
+                one.zero_()
+        rules = [name for name in self.units if isinstance(name, tuple) and name[0] == "rule"]
+        for name in rules[:-MOST_RULES]:
+            del self.units[name]
+
     def release(self) -> None:
         self.busy = False
 
@@ -52,7 +62,9 @@ def take(owner: object, model: nn.Module, key: tuple[Any, ...], new: Callable[[]
     same = kept.pop(full, [])
     kept[full] = same  # the latest one last
     space = next((one for one in same if not one.busy), None)
-    if space is None:
+    if space is not None:
+        space.again()
+    else:
         space = new()
         if not len(space.kv.notes):  # what a wrapper remembers has no form in which it can begin anew
             same.append(space)
@@ -66,6 +78,11 @@ def take(owner: object, model: nn.Module, key: tuple[Any, ...], new: Callable[[]
     return space
 
 
+def forget(model: nn.Module) -> None:
+    """Give back the memory of what decodes of this model have left, on its device. The next one records anew."""
+    model.__dict__.pop("_workspaces", None)
+
+
 def _hashable(value: object) -> bool:
     try:
         hash(value)
@@ -75,6 +92,21 @@ def _hashable(value: object) -> bool:
 
 
 def _places(model: nn.Module) -> int:
-    """Changes when a weight lies elsewhere: graphs read the weights where they lay when they were recorded."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return hash((model.training, *(one.data_ptr() for one in tensors if one.device != torch.device("meta"))))
+    """Changes when a weight lies elsewhere or a setting is another: graphs read the weights where they lay, and settings are constants."""
+    tensors = [one for one in (*model.parameters(), *model.buffers()) if one.device.type != "meta"]
+    settings = [_plain(value) for module in model.modules() for name, value in vars(module).items() if not name.startswith(HOOKS)]
+    return hash((*settings, *((one.data_ptr(), one.dtype) for one in tensors)))
+
+
+HOOKS = ("_forward", "_backward", "_full", "_state", "_load", "_non_persistent", "_workspaces", "_parameters", "_buffers", "_modules")
+
+
+def _plain(value: object) -> Any:
+    """A number, a word, or a few of them, such as a wrapper's scale or which adapters are on; None for everything else."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return tuple((_plain(key), _plain(one)) for key, one in value.items())
+    return None

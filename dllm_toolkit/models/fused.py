@@ -7,6 +7,7 @@ become views of one tensor, so checkpoints, adapters and optimisers see what the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,49 @@ def fused(maps: Sequence[nn.Module]) -> nn.Module | None:
 
     Changes where the weights of `maps` lie, not what they are.
     """
+    if any(_hooked(one) for one in maps):
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # the weights must stay trainable, whoever decodes
+        return _whole(maps)
+
+
+def _whole(maps: Sequence[nn.Module]) -> nn.Module | None:
     if all(type(one) is QuantisedLinear for one in maps):
         return _fused_bits([one for one in maps if isinstance(one, QuantisedLinear)])
     linear = [one for one in maps if type(one) is nn.Linear]
     if len(linear) != len(maps) or len({one.bias is None for one in linear}) != 1 or len({one.weight.requires_grad for one in linear}) != 1:
         return None
-    with torch.no_grad():
-        weight = _laid_out([one.weight for one in linear])
-        whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        whole.weight = nn.Parameter(weight, requires_grad=False)
-        biases = [one.bias for one in linear if one.bias is not None]
-        if biases:
-            whole.bias = nn.Parameter(_laid_out(biases), requires_grad=False)
+    weight = _laid_out([one.weight for one in linear])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    biases = [one.bias for one in linear if one.bias is not None]
+    if biases:
+        whole.bias = nn.Parameter(_laid_out(biases), requires_grad=False)
     return whole
+
+
+def intact(whole: nn.Module, maps: Sequence[nn.Module]) -> bool:
+    """Is the map still what these are? Not after one got another tensor (`load_state_dict(assign=True)`, `.data =`) or a hook."""
+    first = 0
+    for one in maps:
+        if _hooked(one) or type(one) is not type(whole):
+            return False
+        for mine, theirs in zip(_tensors(whole), _tensors(one), strict=True):
+            if mine is None or theirs is None:
+                if mine is not theirs:
+                    return False
+            elif theirs.dtype != mine.dtype or theirs.data_ptr() != mine.data_ptr() + first * mine.stride(0) * mine.element_size():
+                return False
+        first += int(one.out_features)  # type: ignore[arg-type]
+    return True
+
+
+def _tensors(one: Any) -> tuple[Tensor | None, ...]:
+    return (one.weight, one.bias) if isinstance(one, nn.Linear) else (one.bits, one.scale, one.bias)
+
+
+def _hooked(one: nn.Module) -> bool:
+    return bool(one._forward_hooks or one._forward_pre_hooks)
 
 
 def _fused_bits(maps: Sequence[QuantisedLinear]) -> QuantisedLinear | None:
@@ -60,7 +91,7 @@ def _laid_out(tensors: Sequence[Tensor]) -> Tensor:
 
 def together(x: Tensor, whole: nn.Module | None, *maps: nn.Module) -> tuple[Tensor, ...]:
     """What each map says of x [..., K]: by one product where there is one and nobody wants gradients."""
-    if whole is None or torch.is_grad_enabled():
+    if whole is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or intact(whole, maps)):
         return tuple(one(x) for one in maps)
     widths = [int(one.out_features) for one in maps]  # type: ignore[arg-type]
     return tuple(whole(x).split(widths, dim=-1))

@@ -20,10 +20,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllm_toolkit import workspace
 from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Flat, Query
-from dllm_toolkit.models.fused import fused, together
+from dllm_toolkit.models.fused import fused, intact, together
 from dllm_toolkit.ops import attention
 from dllm_toolkit.registry import register
 from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
@@ -256,10 +257,17 @@ class Layer(nn.Module):
 
     def fuse(self) -> None:
         """Let maps that read the same input share one product where nobody wants gradients. They keep their names and their values."""
+        self._check()
         if self.fused_attention is None:
             object.__setattr__(self, "fused_attention", fused((self.q_proj, self.k_proj, self.v_proj)))
         if self.fused_transform is None:
             object.__setattr__(self, "fused_transform", fused((self.gate_proj, self.up_proj)))
+
+    def _check(self) -> None:
+        attention, transform = (self.q_proj, self.k_proj, self.v_proj), (self.gate_proj, self.up_proj)
+        for whole, maps in ((self.fused_attention, attention), (self.fused_transform, transform)):
+            if whole is not None and not intact(whole, maps):
+                self.part()
 
     def part(self) -> None:
         """Forget the shared products: the maps are no longer what they were made of."""
@@ -275,8 +283,8 @@ class Layer(nn.Module):
         return {**self.__dict__, "fused_attention": None, "fused_transform": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Layer:
-        self.part()
         super()._apply(fn, recurse)
+        self._check()  # a move to where the weights are leaves everything as it is
         return self
 
 
@@ -326,7 +334,7 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         """Move and cast as usual, but keep the rotary tables at float32 or wider: bf16 angles are wrong by whole radians."""
-        before = self.cos.dtype
+        before, place = self.cos.dtype, self.device
         if self.config.tie_embeddings:  # one parameter under two names: move it once, and leave the meta device as one
             self.lm_head._parameters["weight"] = None
         super()._apply(fn, recurse)
@@ -335,6 +343,8 @@ class Transformer(nn.Module):
         # A cast up from float32 would keep float32's angles, so every change of precision computes them anew.
         if not before == self.cos.dtype == self._rotary_dtype and self.cos.device.type != "meta":
             self.rebuild_rotary_tables()
+        if self.device != place:
+            workspace.forget(self)
         return self
 
     @property

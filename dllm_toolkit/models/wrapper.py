@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllm_toolkit import workspace
 from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.models.base import Model, Query
 from dllm_toolkit.models.transformer import ModelError, Transformer
@@ -62,6 +63,13 @@ class Wrapper(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:  # recorded graphs read the weights of this very model
         return {name: value for name, value in self.__dict__.items() if name != "_workspaces"}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Wrapper:
+        place = self.device
+        super()._apply(fn, recurse)
+        if self.device != place:
+            workspace.forget(self)
+        return self
 
     @abc.abstractmethod
     def forward(self, query: Query, kv: KVBuffer | None = None) -> Float[Tensor, "B R V"]: ...
