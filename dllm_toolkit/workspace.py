@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dllm_toolkit.cache.buffer import KVBuffer
