@@ -19,6 +19,7 @@ from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache
 from dllm_toolkit.decode import Output, decode, start
 from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.freedave import SelfDraft, freedave
+from dllm_toolkit.decoders.rules.stop import WhenFull
 from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.transformer import Transformer
@@ -132,7 +133,7 @@ def test_nan_does_not_outlive_its_decode() -> None:
 
 def test_a_buffer_that_grew_is_read_by_every_forward() -> None:
     """A decoder that asks for shadows now and then: the plain forwards in between go on with the new buffer."""
-    one, decoder = tiny_transformer(2), semi_ar(block_length=4)
+    one, decoder = tiny_transformer(2), replace(semi_ar(block_length=4), stop=WhenFull())
     prompts = [list(range(1, 15)) * 2, list(range(2, 15)) * 2]
     answers = []
     for compile in (False, True, True):
