@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -380,9 +381,12 @@ def _rule(function: Callable[..., Any]) -> Hashable:
 
 
 def _in_pieces(model: Callable[..., Tensor], core: Transformer, pieces: Pieces) -> Callable[[Query, KVBuffer], Tensor]:
-    """`model`, whose transformer runs in compiled pieces."""
+    """`model`, whose transformer runs in compiled pieces. Not kept alive: this stays on the model, and would never be gone with it."""
+    inner, whole = weakref.ref(core), weakref.ref(model)
 
     def forward(query: Query, kv: KVBuffer) -> Tensor:
+        core, model = inner(), whole()
+        assert core is not None and model is not None  # the engine that calls has them
         with core.in_pieces(pieces):
             return model(query, kv)
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dllm_toolkit.cache.buffer import KVBuffer
@@ -32,12 +33,8 @@ class Workspace:
         """`function`, compiled, and replayed where there are graphs. The first function of a name is the one that counts."""
         found = self.units.get(name)
         if found is None:
-            found = self.units[name] = Replayed(function, self.pool, compiled=compiled, kept=self._kept)
+            found = self.units[name] = Replayed(function, self.pool, compiled=compiled, kept=_notes_of(weakref.ref(self)))
         return found
-
-    def _kept(self) -> Iterable[Tensor]:
-        # Wrappers count in their notes; keys and values are written anew, with the same values.
-        return self.kv.notes.buffers()
 
     def again(self) -> None:
         """As if it were new, for another decode. What a mask hides is multiplied by 0, which is not enough for NaN."""
@@ -52,6 +49,16 @@ class Workspace:
         self.busy = False
 
 
+def _notes_of(space: weakref.ref[Workspace]) -> Callable[[], Iterable[Tensor]]:
+    # No cycle of references: what is given up must give its memory back at once.
+    def kept() -> Iterable[Tensor]:
+        mine = space()
+        # Wrappers count in their notes; keys and values are written anew, with the same values.
+        return () if mine is None else mine.kv.notes.buffers()
+
+    return kept
+
+
 def take(owner: object, model: nn.Module, key: tuple[Any, ...], new: Callable[[], Workspace]) -> Workspace:
     """A workspace for `owner`, given back when that object is gone. key: everything that recorded graphs depend on besides the weights."""
     kept: dict[Hashable, list[Workspace]] = model.__dict__.setdefault("_workspaces", {})
@@ -64,7 +71,12 @@ def take(owner: object, model: nn.Module, key: tuple[Any, ...], new: Callable[[]
     if space is not None:
         space.again()
     else:
-        space = new()
+        try:
+            space = new()
+        except torch.OutOfMemoryError:
+            for several in kept.values():  # idle ones make room
+                several[:] = [one for one in several if one.busy]
+        space = new() if space is None else space
         if not len(space.kv.notes):  # what a wrapper remembers has no form in which it can begin anew
             same.append(space)
             while sum(map(len, kept.values())) > MOST:

@@ -6,6 +6,8 @@ As in test_graphs.py, graphs are emulated and nothing is compiled.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -71,6 +73,33 @@ def test_a_decoder_made_in_every_step_is_recorded_once() -> None:
     decode(one, replace(decoder, official_loop=True), PROMPTS, max_new_tokens=12, cache=BlockCausalCache(), compile=True)
     (space,) = [space for spaces in one.__dict__["_workspaces"].values() for space in spaces]
     assert sum(isinstance(name, tuple) and name[0] == "rule" for name in space.units) == 2
+
+
+def test_memory_is_given_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector: what is deleted must make room on a GPU. And idle workspaces make room for a new one."""
+    gc.collect()
+    gc.disable()
+    try:
+        one = model()
+        run(one, True)
+        gone = weakref.ref(one.__dict__["_workspaces"].popitem()[1].pop())
+        assert gone() is None
+        run(one, True)
+        idle = weakref.ref(next(iter(one.__dict__["_workspaces"].values()))[0])
+        made = Transformer.buffer
+
+        def buffer(self: Transformer, rows: int, slots: int) -> Any:
+            if idle() is not None:
+                raise torch.OutOfMemoryError
+            return made(self, rows, slots)
+
+        monkeypatch.setattr(Transformer, "buffer", buffer)
+        run(one, True, NoCache())
+        gone = weakref.ref(one)
+        del one
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_inference_mode_leaves_no_trace() -> None:
