@@ -11,6 +11,7 @@ A step attends from W lanes to S slots under a dense mask that differs from row 
     cudnn       the same, cuDNN's kernel only
     bias        scaled_dot_product_attention with an additive bf16 mask
     products    two batched products and a softmax, compiled
+    triton      our own kernel (ops/attention_triton.py), where Triton is installed
     flex        flex_attention, compiled, the mask read from a tensor
     unmasked    scaled_dot_product_attention without a mask: the price of masking
 
@@ -32,6 +33,8 @@ from common import finish, save_option
 from matmul_speed import bandwidth, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dllm_toolkit.ops.attention import few
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -56,6 +59,10 @@ def products(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     return torch.matmul(weights, v.transpose(1, 2))
 
 
+def own_kernel(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
+    return few("triton", q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1))
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -75,6 +82,7 @@ def variants(device: torch.device) -> dict[str, Attention]:
         found["efficient"] = partial(with_backend, SDPBackend.EFFICIENT_ATTENTION)
         found["cudnn"] = partial(with_backend, SDPBackend.CUDNN_ATTENTION)
         found["flex"] = torch.compile(flex, dynamic=False)
+        found["triton"] = torch.compile(own_kernel, dynamic=False)
     found["products"] = torch.compile(products, dynamic=False)
     found["unmasked"] = unmasked
     return found

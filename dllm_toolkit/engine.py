@@ -239,9 +239,10 @@ class Engine:
 
     def _look(self, plain: bool) -> Callable[..., Look]:
         cache, count = self.cache, self.sheets
+        each = self._pool.kind is not None
 
         def look(state: State, region: Region, shadows: Canvas | None, memory: Memory) -> Look:
-            return rounds.look(cache, count, plain, state, region, shadows, memory)
+            return rounds.look(cache, count, plain, each, state, region, shadows, memory)
 
         return look
 

@@ -42,7 +42,8 @@ class Memory:
 class Look(NamedTuple):
     """What the coming forward is about. counts: what the host must know, the number of unfinished rows last.
 
-    With one canvas a row: the most lanes and reads of a row, then the lanes of each row. Otherwise see `sheets.Needed.counts`.
+    With one canvas a row: the most lanes and reads of a row, then the lanes of each row if they were asked for. Otherwise see
+    `sheets.Needed.counts`.
     """
 
     plan: Plan
@@ -52,8 +53,10 @@ class Look(NamedTuple):
     counts: Int[Tensor, "N"]
 
 
-def look(cache: Cache, count: int, plain: bool, state: State, region: Region, shadows: Canvas | None, memory: Memory) -> Look:
-    """count: canvases that share a row of the buffer; plain: there is one, and nobody asks for shadows."""
+def look(
+    cache: Cache, count: int, plain: bool, each: bool, state: State, region: Region, shadows: Canvas | None, memory: Memory
+) -> Look:
+    """count: canvases that share a row of the buffer; plain: one, and nobody asks for shadows; each: count the lanes of each row."""
     alive = ~state.done.unsqueeze(1)
     dirty = memory.written != state.tokens
     plan = cache.plan(region, state, memory.own, dirty)
@@ -61,8 +64,9 @@ def look(cache: Cache, count: int, plain: bool, state: State, region: Region, sh
     wanted = region.read & alive
     asked = None if shadows is None else shadows & plan.visible & alive
     if plain:
-        each, most = plan.compute.sum(1), wanted.sum(1).amax()
-        counts = torch.cat((torch.stack((each.amax(), most)), each, (~state.done).sum().unsqueeze(0)))
+        rows = plan.compute.sum(1)
+        first, left = (rows.amax(), wanted.sum(1).amax()), (~state.done).sum()
+        counts = torch.cat((torch.stack(first), rows, left.unsqueeze(0))) if each else torch.stack((*first, left))
     else:
         counts = sheets.Needed(plan.visible, plan.compute, wanted, asked, state.done, count).counts()
     return Look(plan, dirty, wanted, asked, counts)
@@ -107,19 +111,19 @@ def prepare(
     length, trash = part.tokens.shape[1], slots - 1
     positions = lanes.pack(part.compute, width)  # [B, W]
     where = lanes.pack(part.wanted, reads)  # [B, R]
-    dead: Bool[Tensor, "B W 1"] = (positions == length).unsqueeze(2)
+    gone = positions == length
+    dead: Bool[Tensor, "B W 1"] = gone.unsqueeze(2)
     allow = masks.lanes_allow(spec.attention, part.visible, part.block, positions) & ~dead
     # A dead lane sees the trash slot only: its softmax stays finite and it learns nothing of the row.
-    unused = torch.zeros_like(dead).expand(-1, -1, trash - length)
-    allow = torch.cat((allow, unused, dead), dim=2)  # [B, W, S]
+    unused = (torch.zeros_like(dead).expand(-1, -1, trash - length),) if trash > length else ()
     query = Query(
         tokens=lanes.to_lanes(part.tokens, positions, spec.pad_id),
-        positions=positions.masked_fill(positions == length, 0),  # a padded canvas may be longer than the model's positions
-        slots=torch.where(positions < length, positions, trash),
-        allow=allow,
+        positions=positions.masked_fill(gone, 0),  # a padded canvas may be longer than the model's positions
+        slots=positions.masked_fill(gone, trash) if trash > length else positions,
+        allow=torch.cat((allow, *unused, dead), dim=2),  # [B, W, S]
         read=sheets.source(where, spec.shift, length),
         prompt=positions < part.begin.unsqueeze(1),
-        flat=None if flat is None else _flat(positions < length, flat),
+        flat=None if flat is None else _flat(~gone, flat),
     )
     return query, where
 

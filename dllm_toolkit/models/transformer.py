@@ -192,8 +192,9 @@ def dense(
     q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
 ) -> Float[Tensor, "B H W D"]:
     """Scaled dot product attention by the fastest way there is, H query heads on G key heads."""
-    if attention.few_lanes(q, lanes.allow):
-        return attention.products(q, k, v, lanes.allow)
+    way = attention.way_for(q, lanes.allow)
+    if way is not None:
+        return attention.few(way, q, k, v, lanes.allow)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=lanes.allow, is_causal=lanes.causal, enable_gqa=grouped)
 

@@ -1,26 +1,62 @@
-"""Attention of few lanes over many keys, as plain products.
+"""Attention of few lanes over many keys, by the way that is fastest there.
 
-A decoding step has 16 to 128 query lanes. There scores fit in the cache of a GPU, and two batched products with a softmax between them,
-which a compiler fuses, beat the attention kernels, whose tiles are made for long sequences (measured in benchmarks/attention_speed.py).
+A decoding step has 16 to 128 query lanes. There two batched products with a softmax between them, which a compiler fuses, beat the kernels
+of the library, whose tiles are made for long sequences; a kernel of our own is in ops/attention_triton.py. All are measured in
+benchmarks/attention_speed.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from functools import cache
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+Way = Literal["products", "triton"]
 MOST_LANES = 128
+BEST: Way = "products"
+"""What few lanes run on where a GPU has it. The Triton kernel has not been measured yet."""
 
 
-def few_lanes(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) -> bool:
-    """Are products the faster way? Decided by shapes alone, so a compiled graph holds one of the two.
+def way_for(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) -> Way | None:
+    """How to attend from these lanes; None: the library's kernel. Decided by shapes alone, so a compiled graph holds one of them."""
+    if allow is None or not q.is_cuda or not torch.compiler.is_compiling() or q.shape[2] > MOST_LANES:
+        return None
+    size = q.shape[3]
+    if BEST == "triton" and size >= 16 and size & (size - 1) == 0 and q.dtype != torch.float64:
+        return "triton"
+    # Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
+    return "products" if q.shape[0] == 1 else None
 
-    Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
-    """
-    return allow is not None and torch.compiler.is_compiling() and q.is_cuda and q.shape[0] == 1 and q.shape[2] <= MOST_LANES
+
+def few(
+    way: Way, q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], allow: Bool[Tensor, "B 1 W S"] | None
+) -> Float[Tensor, "B H W D"]:
+    """Attention in the given way."""
+    if way == "products":
+        return products(q, k, v, allow)
+    from dllm_toolkit.ops.attention_triton import attend
+
+    assert allow is not None
+    return attend(q, k, v, allow)
+
+
+@cache
+def has_triton() -> bool:
+    """Is Triton installed? PyTorch's CUDA builds bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def use(way: Way) -> None:
+    """Let few lanes run this way from now on. Raises ValueError where it is not there. What has been compiled stays as it is."""
+    global BEST
+    if way == "triton" and not has_triton():
+        raise ValueError("Triton is not installed, got way: triton. It comes with PyTorch's builds for CUDA. Write products.")
+    BEST = way
 
 
 def products(

@@ -16,6 +16,7 @@ from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
+from dllm_toolkit.ops import attention
 from dllm_toolkit.state import begin_state
 from dllm_toolkit.types import Attention
 
@@ -92,3 +93,22 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         warm_up += decode(model, decoder, [prompt], **arguments).stats.warm_up
     assert counters["stats"]["unique_graphs"] == before
     assert warm_up == 0.0, "a graph was recorded again"
+
+
+@pytest.mark.parametrize("way", ["products", "triton"])
+@pytest.mark.parametrize("sizes", [(1, 4, 4, 64, 528, 128), (3, 4, 2, 100, 130, 32), (1, 8, 8, 5, 70, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_few_lanes(way: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, heads, groups, width, slots, size = sizes
+    torch.manual_seed(0)
+    shapes = ((width, heads), (slots, groups), (slots, groups))
+    q, k, v = (torch.randn(rows, many, count, size, device="cuda").to(dtype).transpose(1, 2) for many, count in shapes)
+    allow = torch.rand(rows, 1, width, slots, device="cuda") > 0.5
+    allow[:, :, :, 3] = True
+    allow[:, :, 0] = False
+    allow[:, :, 0, slots - 1] = True  # the only one, in the last part
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allow, enable_gqa=True)
+    made = torch.compile(attention.few)(way, q, k, v, allow)
+    error = ((made.double() - exact).norm() / exact.norm()).item()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(made, torch.compile(attention.few)(way, q, k, v, allow)), "a decode must repeat itself bit for bit"

@@ -181,7 +181,7 @@ COUNTING = tuple(f"{rule} and waiting" if rule.startswith("latency") else rule f
     [
         ({"recipe": {"run": {**RUN, "max_new_tokens": 64}}}, "run.max_new_tokens: 80 in one; 64 in two", "every column"),
         ({"recipe": {"run": {**RUN, "batch_size": 8}}}, "run.batch_size: 2 in one; 8 in two", "tokens/s, latency (s)"),
-        ({"recipe": {"run": {**RUN, "compile": True}}}, "run.compile: false in one; true in two", "tokens/s, latency (s)"),
+        ({"recipe": {"run": {**RUN, "compile": True}}}, "run.compile: auto in one; true in two", "tokens/s, latency (s)"),
         ({"recipe": {"task": {**TASK, "style": "worded"}}}, "task.style: terse in one; worded in two", "every column"),
         (
             {"made_on": {"device": "other", "kind": "cuda", "dtype": "float32"}},
