@@ -125,7 +125,8 @@ def generation(
     nfe = max(outputs[0].stats.nfe)
     tokens = sum(outputs[0].stats.commits)
     graphs = steps(model)
-    alone = {name: products(model, *map(int, name.split(", "))) for name in graphs["forward"] if "flat" not in name and options.weights is None}
+    shapes = [name for name in graphs["forward"] if "flat" not in name and options.weights is None]
+    alone = {name: products(model, *map(int, name.split(", "))) for name in shapes}
     return {
         "rows": rows,
         "tokens_per_second": round(tokens / seconds, 1),
