@@ -27,6 +27,7 @@ from dllm_toolkit.evaluation.order import commits_per_step
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.ops import corrupt, masks
+from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.state import Proposal, Region, State
 from dllm_toolkit.testing.models import EOS, VOCABULARY, Oracle, Scripted, tiny_transformer, toy_spec
 from dllm_toolkit.training.composed import hidden
@@ -47,6 +48,7 @@ from dllm_toolkit.training.objectives import (
 )
 from dllm_toolkit.training.oracle import Examples
 from dllm_toolkit.training.rollouts import Rollouts
+from dllm_toolkit.training.run import TrainRecipe, run_training
 from dllm_toolkit.training.terms import entropy
 from dllm_toolkit.types import Canvas
 
@@ -377,3 +379,38 @@ def test_certainty_forcing_without_certainty_is_plain_training_on_a_block_and_it
         total += float(cross_entropy(logits, batch.tokens)[copy.weight > 0].mean())
     assert value(objective, model, batch) == pytest.approx(total, abs=1e-6)
     assert value(replace(objective, beta=2.0), model, batch) > total
+
+
+# --- steps of several batches
+
+
+@pytest.mark.parametrize("normaliser", ["masked_count", "sum_of_weights", "answer_length", "none"])
+def test_accumulated_batches_are_one_larger_batch(normaliser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T29: the gradient is that of both batches' rows under one normaliser, not the mean of two means."""
+    seen: list[tuple[Batch, View]] = []
+    original = MaskedDiffusion.loss
+
+    def listening(self: MaskedDiffusion, model: Any, batch: Batch, view: View) -> Any:
+        seen.append((batch, view))
+        return original(self, model, batch, view)
+
+    monkeypatch.setattr(MaskedDiffusion, "loss", listening)
+    shape = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 192}
+    tree = {
+        "model": {"_component_": "fresh", **shape},
+        "data": {"_component_": "stories", "size": 8, "heldout": 2, "batch_size": 2},
+        "objective": {"_component_": "masked_diffusion", "noise": "uniform", "normaliser": normaliser},
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "accumulate": 2, "validate_every": 0, "gradient_clip": None},
+        "output": str(tmp_path / "out"),
+    }
+    recipe = Recipe.from_tree(tree)
+    module = run_training(recipe, recipe.build(TrainRecipe))
+    (one, first), (other, second) = seen[:2]
+    batch = Batch(torch.cat((one.tokens, other.tokens)), torch.cat((one.prompt_length, other.prompt_length)), one.answer_length)
+    view = View(*(torch.cat(both) for both in zip(first[:3], second[:3], strict=True)))
+    model: Any = recipe.build(TrainRecipe).model.build()
+    original(MaskedDiffusion(Uniform(), normaliser), model, batch, view).value.backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]).norm()
+    assert module.gradient_norm is not None and float(module.gradient_norm) == pytest.approx(float(wanted), rel=1e-4)
+    sizes = [float((view.weight > 0).sum()) for view in (first, second)]
+    assert sizes[0] != sizes[1]
