@@ -125,7 +125,8 @@ def generation(
     nfe = max(outputs[0].stats.nfe)
     tokens = sum(outputs[0].stats.commits)
     graphs = steps(model)
-    alone = {name: products(model, *map(int, name.split(", "))) for name in graphs["forward"] if "flat" not in name}
+    shapes = [name for name in graphs["forward"] if "flat" not in name and options.weights is None]
+    alone = {name: products(model, *map(int, name.split(", "))) for name in shapes}
     return {
         "rows": rows,
         "tokens_per_second": round(tokens / seconds, 1),
@@ -135,7 +136,7 @@ def generation(
         "ms_per_forward": round(seconds / nfe * 1e3, 3),
         "lanes_per_forward": round(outputs[0].stats.lanes[0] / nfe, 1),
         "warm_up_seconds": round(warm_up, 1),
-        **({"graphs_ms": {**graphs, "products": alone}} if alone else {}),
+        **({"graphs_ms": {**graphs, **({"products": alone} if alone else {})}} if graphs["forward"] else {}),
     }
 
 

@@ -43,7 +43,7 @@ from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.types import Attention, ModelSpec
 
-PARTS = ("plan", "pack", "forward", "decide")
+PARTS: tuple[str, ...] = ("plan", "pack", "forward", "decide")
 DECODERS = ("vanilla", "semi_ar", "fast_dllm", "d2f", "block_diffusion", "confidence_adaptive", "wino", "freedave", "autoregressive")
 CACHES = ("none", "prefix", "dual", "block_causal", "delayed")
 WARM_UP = 10  # steps

@@ -84,11 +84,14 @@ def forwards(axes: Axes, found: list[Result]) -> None:
             for name, milliseconds in graphs["forward"].items():
                 lanes = int(name.split(",")[0])
                 whole[lanes] = min(milliseconds, whole.get(lanes, milliseconds))  # of several numbers of reads
-                alone[lanes] = min(graphs["products"][name], alone.get(lanes, graphs["products"][name]))
+                if name in graphs.get("products", {}):  # of exact weights only
+                    alone[lanes] = min(graphs["products"][name], alone.get(lanes, graphs["products"][name]))
         lanes = sorted(whole)
         seen |= set(lanes)
         axes.plot(lanes, [whole[one] for one in lanes], "o-", color=COLOURS[number], ms=4, label=f"{result['weights']}, forward")
-        axes.plot(lanes, [alone[one] for one in lanes], "o:", color=COLOURS[number], ms=3, label=f"{result['weights']}, products alone")
+        if alone:
+            label = f"{result['weights']}, products alone"
+            axes.plot(sorted(alone), [alone[one] for one in sorted(alone)], "o:", color=COLOURS[number], ms=3, label=label)
         axes.axhline(result["floor_ms"], color=COLOURS[number], lw=0.8, ls=(0, (6, 4)))
     powers(axes, sorted(seen))
     axes.set_ylim(bottom=0)

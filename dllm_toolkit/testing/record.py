@@ -7,7 +7,8 @@ asks several times in one step. Logits are put back on the canvas, where two dec
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -276,6 +277,26 @@ def record(
         asks.clear()
     assert first is not None
     return Recording(tuple(moments), first, model_heard.slots)
+
+
+def sharing(decoders: Iterable[Decoder]) -> Callable[[Model, Decoder, Cache, Batch], Recording]:
+    """`record` for decodes that many others are compared with: decoders that occur twice among `decoders` are decoded once a place.
+
+    Decoders and caches are told apart by their `repr`, so none of them may hold tensors.
+    """
+    common = {said for said, count in Counter(map(repr, decoders)).items() if count > 1}
+    made: dict[tuple[int, str, str, Batch], tuple[Model, Recording]] = {}
+
+    def recorded(model: Model, decoder: Decoder, cache: Cache, batch: Batch) -> Recording:
+        key = (id(model), repr(decoder), repr(cache), batch)
+        if key in made:
+            return made[key][1]
+        recording = record(model, decoder, cache, batch)
+        if key[1] in common:
+            made[key] = (model, recording)  # with the model, whose id must not become another's
+        return recording
+
+    return recorded
 
 
 def keep(state: State) -> State:

@@ -65,6 +65,7 @@ class DiffusionModule(pl.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
         self._started: float | None = None
+        self._mass: Tensor | None = None  # of the batches of this optimiser step so far, if there are several
         self._told: float | None = None  # what process 0 said the time was, for the length of a step
         self._validation_losses: list[Tensor] = []
         # Eager for validation, whose no_grad and eval would be more graphs.
@@ -115,13 +116,23 @@ class DiffusionModule(pl.LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        noise, (teacher,) = self.noise(_NOISE, self.batches), self._teacher
-        loss = self._train_objective(self.model, batch, noise, teacher=teacher, progress=self.progress, split=self._split)
+        noise, (teacher,), count = self.noise(_NOISE, self.batches), self._teacher, self.trainer.accumulate_grad_batches
+        loss = self._train_objective(
+            self.model, batch, noise, teacher=teacher, progress=self.progress, split=self._split, weighed=count > 1
+        )  # fmt: skip
         self.batches += 1
         self.last_loss, self.last_metrics = self._summed(loss)
-        if self._split is None or loss.share is None:
-            return loss.value
-        return loss.value * (loss.share * self._split.world)  # gradients are averaged, and these are to be added
+        value = loss.value
+        if self._split is not None and loss.share is not None:
+            value = value * (loss.share * self._split.world)  # gradients are averaged, and these are to be added
+        if count == 1:
+            return value
+        # Lightning divides by the number of batches. They are to be parts of one batch instead, divided by what all of them hold: each
+        # weighs as much as its own loss was divided by, and the sum of that divides the gradient at the end of the step.
+        if loss.mass is None:
+            return value * count
+        self._mass = loss.mass if self._mass is None else self._mass + loss.mass
+        return value * (loss.mass * count)
 
     def _summed(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of the whole batch, the same in every process."""
@@ -163,6 +174,11 @@ class DiffusionModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        if self._mass is not None:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad / torch.where(self._mass > 0, self._mass, 1.0).to(parameter.grad.dtype)
+            self._mass = None
         self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
         # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
         usable = self.gradient_norm.isfinite()

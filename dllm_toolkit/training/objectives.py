@@ -51,11 +51,15 @@ class View(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The scalar to minimise, and detached scalars for people to read. share: of a part of a batch, its share of the whole batch's loss."""
+    """The scalar to minimise, and detached scalars for people to read.
+
+    share: of a part of a batch, its share of the whole batch's loss. mass: if it was asked for, what the whole batch's sum was divided by.
+    """
 
     value: Float[Tensor, ""]
     metrics: dict[str, Tensor]
     share: Float[Tensor, ""] | None = None
+    mass: Num[Tensor, ""] | None = None
 
 
 class Objective(abc.ABC):
@@ -132,24 +136,29 @@ class Objective(abc.ABC):
         teacher: Transformer | None = None,
         progress: float = 1.0,
         split: Split | None = None,
+        weighed: bool = False,
     ) -> Loss:
         """Corrupt, ask the teacher if there is one, and return the loss.
 
         loss: the compiled form of the method. teacher: a model of its own; None is `model` with its adapter off. progress: the share of
         the run that is over, for schedules. split: after the corruption of the whole batch the rest is done for this part of it.
+        weighed: the loss says its mass, so that batches can be added up (None where the objective divides by nothing).
         """
         view = self.show(batch, model.spec, generator, progress)
-        share = None
-        if split is not None:
+        share = mass = None
+        if split is not None or weighed:
             mass = self.mass(model.spec, batch, view)
-            share = view.weight.new_ones(()) if mass is None else split.share(mass.to(view.weight.dtype))
+            mass = None if mass is None else mass.to(view.weight.dtype)
+        if split is not None:
+            share = view.weight.new_ones(()) if mass is None else split.share(mass)
             batch, view = split.of(batch), split.of(view)
         if self.needs_teacher:
             from dllm_toolkit.training.lora import adapter_off
 
             with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
                 view = self.teach(model if teacher is None else teacher, batch, view)
-        return (loss or self.loss)(model, batch, view)._replace(share=share)
+        whole = mass.sum() if weighed and mass is not None else None
+        return (loss or self.loss)(model, batch, view)._replace(share=share, mass=whole)
 
 
 declare("objective", Objective)

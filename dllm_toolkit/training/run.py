@@ -46,10 +46,11 @@ class TrainerSettings:
     """How long, where and how precisely to train. The run ends at max_steps or max_minutes, whichever comes first.
 
     max_minutes: wall minutes of training, compilation and validation included, over all processes of a resumed run; the learning rate
-    anneals by the larger of step share and time share. accumulate: batches for each optimiser step. validate_every, checkpoint_every
-    and log_every count optimiser steps; validate_every 0 validates only at the end. devices: of this machine; under torchrun there is one
-    for each process that it started, on all machines. strategy: auto (ddp for several devices), ddp, ddp_find_unused_parameters_true, or
-    fsdp (weights and the optimiser's state are sharded). A batch of the data is one device's: n devices take steps of n batches.
+    anneals by the larger of step share and time share. accumulate: batches for each optimiser step. They add up to one larger batch (for
+    objectives that are sums of terms: to the mean of their losses). validate_every, checkpoint_every and log_every count optimiser steps;
+    validate_every 0 validates only at the end. devices: of this machine; under torchrun there is one for each process that it started, on
+    all machines. strategy: auto (ddp for several devices), ddp, ddp_find_unused_parameters_true, or fsdp (weights and the optimiser's
+    state are sharded). A batch of the data is one device's: n devices take steps of n batches.
     """
 
     max_steps: int | None = None

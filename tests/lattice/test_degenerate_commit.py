@@ -35,7 +35,7 @@ from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import contract
 from dllm_toolkit.testing.models import Oracle
-from dllm_toolkit.testing.record import Batch, difference, record, unequal
+from dllm_toolkit.testing.record import Batch, difference, record, sharing, unequal
 
 
 def commits(rule: Commit) -> Decoder:
@@ -115,6 +115,9 @@ PAIRS = (
 )
 
 
+compared = sharing(pair.other() for pair in PAIRS)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_pair(pair: Pair) -> None:
     tried = 0
@@ -124,7 +127,7 @@ def test_pair(pair: Pair) -> None:
             if contract.fits(pair.one(), cache, toy) is not None or (toy.model.spec.shift == 1 and not isinstance(cache, NoCache)):
                 continue
             mine = record(toy.model, pair.one(), cache, unequal())
-            theirs = record(toy.model, pair.other(), cache, unequal())
+            theirs = compared(toy.model, pair.other(), cache, unequal())
             for row in range(4):
                 assert difference(mine, row, theirs, row) is None, (toy.name, cache)
             assert mine.fingerprint() == theirs.fingerprint(), (toy.name, cache)

@@ -35,7 +35,7 @@ from dllm_toolkit.decoders.slow_fast import Cycle, Cycles, slow_fast
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import contract
 from dllm_toolkit.testing.models import Oracle, tiny_transformer
-from dllm_toolkit.testing.record import Batch, Recording, difference, record, unequal
+from dllm_toolkit.testing.record import Batch, Recording, difference, record, sharing, unequal
 
 GATE = Gate(0.6)
 EVERY = tuple(range(0, 29, 3))
@@ -106,6 +106,9 @@ PAIRS = (
 )
 
 
+compared = sharing(pair.other() for pair in PAIRS)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_pair(pair: Pair) -> None:
     tried = 0
@@ -113,7 +116,7 @@ def test_pair(pair: Pair) -> None:
         for cache in CACHES:
             if contract.fits(pair.one(), cache, toy) is not None or (pair.full_only and toy.model.spec.attention != "full"):
                 continue
-            mine, theirs = record(toy.model, pair.one(), cache, unequal()), record(toy.model, pair.other(), cache, unequal())
+            mine, theirs = record(toy.model, pair.one(), cache, unequal()), compared(toy.model, pair.other(), cache, unequal())
             for row in range(4):
                 assert difference(mine, row, theirs, row) is None, (toy.name, cache)
             assert mine.fingerprint() == theirs.fingerprint(), (toy.name, cache)

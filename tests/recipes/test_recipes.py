@@ -36,7 +36,7 @@ TRAIN = (
     "export=null",
 )
 SMALL = {"size": 64, "heldout": 8, "batch_size": 2}
-TRAIN_FILTER = ("trainer.max_steps=2", "data.size=4", "data.heldout=2", "data.batch_size=2", "export=null")
+TRAIN_FILTER = ("trainer.max_steps=2", "data.size=2", "data.heldout=2", "data.batch_size=2", "export=null")
 TINY = ("model.width=16", "model.layers=1", "model.heads=2", "model.mlp_width=32")
 TRAIN_POLICY = (
     "model={_component_: fresh, width: 16, layers: 1, heads: 2, mlp_width: 32}",

@@ -1,4 +1,4 @@
-"""Training on two devices, by DDP and by FSDP, has the losses of one device with the same whole batch, also after a kill."""
+"""Training on two devices, by DDP and by FSDP, has the losses of one with the same whole batches, accumulated, and after a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPE = {
     "schedule": {"_component_": "cosine", "warmup_steps": 0},
     "ema": 0.9,
 }
-TRAINER = {"max_steps": 4, "accelerator": "cpu", "log_every": 1, "validate_every": 2, "checkpoint_every": 2}
+TRAINER = {"max_steps": 4, "accumulate": 2, "accelerator": "cpu", "log_every": 1, "validate_every": 2, "checkpoint_every": 2}
 # Started as torchrun would, but by a process that has imported everything already.
 LAUNCH = """
 import json, os, signal, socket, sys
@@ -99,7 +99,7 @@ def test_two_devices_have_the_losses_of_one(tmp_path: Path) -> None:
     losses = curve(tmp_path / "one", "train/loss")
     assert len(losses) == 4 and len(set(losses)) == 4
     card = json.loads((tmp_path / "fsdp" / "export" / "card.json").read_text())
-    assert card["training"]["devices"] == 2 and card["training"]["sequences"] == 16
+    assert card["training"]["devices"] == 2 and card["training"]["sequences"] == 32
 
 
 SPEC = ModelSpec(

@@ -123,7 +123,7 @@ def test_a_run_goes_on_where_it_was_stopped(written: Path, monkeypatch: pytest.M
     assert len(asked) == 6  # 5 + 3 answers, 2 of them there
 
     def stable(content: bytes) -> list[dict]:
-        timed = ("seconds", "batch_seconds", "date")
+        timed = ("seconds", "batch_seconds", "date", "peak_memory")
         return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in content.splitlines()]
 
     assert stable(path.read_bytes()) == stable(whole) and results["ledger"] == {"gsm8k": (10, 0), "humaneval": (3, 0)}
