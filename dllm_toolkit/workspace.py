@@ -62,7 +62,7 @@ def _notes_of(space: weakref.ref[Workspace]) -> Callable[[], Iterable[Tensor]]:
 def take(owner: object, model: nn.Module, key: tuple[Any, ...], new: Callable[[], Workspace]) -> Workspace:
     """A workspace for `owner`, given back when that object is gone. key: everything that recorded graphs depend on besides the weights."""
     kept: dict[Hashable, list[Workspace]] = model.__dict__.setdefault("_workspaces", {})
-    full = (*(one if _hashable(one) else id(one) for one in key), _places(model))
+    full = (*(one if _hashable(one) else id(one) for one in key), _settings(model), _places(model))
     for stale in [one for one in kept if isinstance(one, tuple) and one[-1] != full[-1]]:
         del kept[stale]  # recorded for weights that lay elsewhere
     same = kept.pop(full, [])
@@ -103,13 +103,17 @@ def _hashable(value: object) -> bool:
 
 
 def _places(model: nn.Module) -> int:
-    """Changes when a weight lies elsewhere or a setting is another: graphs read the weights where they lay, and settings are constants."""
+    """Changes when a weight lies elsewhere: graphs read the weights where they lay when they were recorded."""
     tensors = [one for one in (*model.parameters(), *model.buffers()) if one.device.type != "meta"]
-    settings = [_plain(value) for module in model.modules() for name, value in vars(module).items() if not name.startswith(HOOKS)]
-    return hash((*settings, *((one.data_ptr(), one.dtype) for one in tensors)))
+    return hash(tuple((one.data_ptr(), one.dtype) for one in tensors))
 
 
-HOOKS = ("_forward", "_backward", "_full", "_state", "_load", "_non_persistent", "_workspaces", "_parameters", "_buffers", "_modules")
+def _settings(model: nn.Module) -> int:
+    """Changes when a module is set otherwise, as by an adapter that is off: settings are constants of a graph."""
+    return hash(tuple(_plain(value) for module in model.modules() for name, value in vars(module).items() if not name.startswith(OTHER)))
+
+
+OTHER = ("_forward", "_backward", "_full", "_state", "_load", "_non_persistent", "_workspaces", "_parameters", "_buffers", "_modules")
 
 
 def _plain(value: object) -> Any:

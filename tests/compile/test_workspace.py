@@ -144,6 +144,7 @@ def test_settings_count() -> None:
     assert agree(one) and run(one, True).stats.warm_up == 0
     with lora.adapter_off(one):
         assert run(one, True).stats.warm_up > 0
+    assert run(one, True).stats.warm_up == 0
     guided = Guided(one, 0.5)
     assert agree(guided, NoCache()) and run(guided, True, NoCache()).stats.warm_up == 0
     guided.scale = 8.0
