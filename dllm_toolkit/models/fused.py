@@ -29,7 +29,7 @@ def fused(maps: Sequence[nn.Module]) -> nn.Module | None:
 def _whole(maps: Sequence[nn.Module]) -> nn.Module | None:
     if all(type(one) is QuantisedLinear for one in maps):
         return _fused_bits([one for one in maps if isinstance(one, QuantisedLinear)])
-    linear = [one for one in maps if type(one) is nn.Linear]
+    linear = [one for one in maps if type(one) is nn.Linear and type(one.weight) is nn.Parameter]  # no shard, no computed weight
     if len(linear) != len(maps) or len({one.bias is None for one in linear}) != 1 or len({one.weight.requires_grad for one in linear}) != 1:
         return None
     weight = _laid_out([one.weight for one in linear])
