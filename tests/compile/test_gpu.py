@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dllm_toolkit import workspace
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache, PrefixCache
 from dllm_toolkit.decode import decode
 from dllm_toolkit.decoders.autoregressive import autoregressive
@@ -15,9 +16,11 @@ from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
+from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
 from dllm_toolkit.ops import attention
 from dllm_toolkit.state import begin_state
+from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.types import Attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -112,3 +115,34 @@ def test_attention_of_few_lanes(way: Any, sizes: tuple[int, ...], dtype: torch.d
     error = ((made.double() - exact).norm() / exact.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(made, torch.compile(attention.few)(way, q, k, v, allow)), "a decode must repeat itself bit for bit"
+
+
+def test_what_a_decode_leaves_does_not_harm_the_next() -> None:
+    """Recorded in inference mode and outside, with other weights, with other settings; then the memory is given back."""
+    model, decoder, prompts = model_of("block_causal"), d2f(block_length=16, threshold=0.3), prompts_of(2, 5, 60, 0)
+    arguments: dict[str, Any] = {"max_new_tokens": 32, "cache": BlockCausalCache()}
+
+    def agree(model: Any) -> bool:
+        return decode(model, decoder, prompts, compile=True, **arguments).tokens == decode(model, decoder, prompts, **arguments).tokens
+
+    decode_stream(model, decoder, prompts, rows=2, compile=True, **arguments)
+    assert agree(model)
+    with torch.inference_mode():
+        assert agree(model)
+    model.logits(torch.tensor([[1, 2, 3]], device="cuda")).sum().backward()
+    model.zero_grad()
+    other = model_of("block_causal", qkv_bias=False)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(-1.2)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert agree(model)
+    guided = Guided(model, 0.5)
+    arguments["cache"] = NoCache()
+    assert agree(guided)
+    guided.scale = 2.0
+    assert agree(guided)
+    held = torch.cuda.memory_allocated()
+    for one in (model, guided):
+        workspace.forget(one)
+    assert torch.cuda.memory_allocated() < held
