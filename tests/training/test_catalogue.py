@@ -312,14 +312,21 @@ def test_ascending_steps_of_published_lengths() -> None:
 
 
 @dataclass(frozen=True)
-class Listening(Ascending):
-    """Remembers the best score of each step."""
+class Listening(Commit):
+    """Remembers the best score of each step of the rule inside."""
 
+    inner: Commit = field(default_factory=Ascending)
     heard: list[float] = field(default_factory=list)
+
+    def init(self, state: State) -> Any:
+        return self.inner.init(state)
 
     def select(self, proposal: Proposal, region: Region, state: State) -> Canvas:
         self.heard.append(float(proposal.score[region.eligible].max()))
-        return super().select(proposal, region, state)
+        return self.inner.select(proposal, region, state)
+
+    def carry(self, proposal: Proposal, region: Region, state: State) -> Any:
+        return self.inner.carry(proposal, region, state)
 
 
 def test_end_of_text_is_held_back_by_the_published_factors() -> None:
