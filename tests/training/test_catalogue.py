@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm_toolkit.decode import decode
 from dllm_toolkit.decoders.ascending_steps import Ascending, ascending_steps
+from dllm_toolkit.decoders.base import Commit
 from dllm_toolkit.decoders.block import BlockDecoder
 from dllm_toolkit.decoders.eoser import RejectEarly
 from dllm_toolkit.decoders.rules.propose import Sample
