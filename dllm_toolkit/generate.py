@@ -24,6 +24,7 @@ from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.ledger import answer_tokens
 from dllm_toolkit.evaluation.pictures import plural
 from dllm_toolkit.models.base import Model
+from dllm_toolkit.models.tokens import prompt_text
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.state import State
 
@@ -212,13 +213,7 @@ def _answer(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _encode(tokenizer: Any, prompt: str, prompt_format: str | None) -> list[int]:
-    if prompt_format is not None:
-        text = prompt_format.replace("{prompt}", prompt)
-    elif tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    else:
-        text = prompt
+    text = prompt_text(tokenizer, prompt, prompt_format)
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         print(

@@ -37,6 +37,15 @@ def load_tokenizer(directory: Path) -> Any:
     return None
 
 
+def prompt_text(tokenizer: Any, prompt: str, prompt_format: str | None) -> str:
+    """The text that is encoded for a prompt: `prompt_format` with the prompt in it; None: a user's turn of the chat template, if any."""
+    if prompt_format is not None:
+        return prompt_format.replace("{prompt}", prompt)
+    if not tokenizer.chat_template:
+        return prompt
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+
+
 def special_ids(
     config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Any, mask_id: int | None = None
 ) -> SpecialIds:

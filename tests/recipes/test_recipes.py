@@ -50,6 +50,8 @@ TRAIN_POLICY = (
 
 def small(data: dict, at: str = "data") -> list[str]:
     """Overrides that make training data small, part by part where it has parts."""
+    if data["_component_"] == "pairs":
+        return []
     if "prompts" in data:
         return small(data["prompts"], f"{at}.prompts")
     if "parts" in data:
@@ -72,6 +74,16 @@ def self_distilled(tree: dict, output: Path) -> list[str]:
     teacher = [f"teacher={FRESH}"] if "teacher" in tree else []
     quick = "data.decoder={_component_: fast_dllm, threshold: 0.0}"
     return [model, f"data.model={FRESH}", *teacher, quick, "data.right_only=false", f"data.store={output / 'answers'}"]
+
+
+def own_pairs(directory: Path) -> list[str]:
+    """Overrides of a recipe for rows of one's own: some in the words of the shipped teacher, which stands for the published model."""
+    directory.mkdir()
+    rows = [{"prompt": f"Question: Max has {number} eggs. Explain:", "answer": f" Max has {number} eggs."} for number in range(12)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["data.heldout=2", "data.answer_length=16", "data.prompt_length_max=32", "data.end=null", "trainer.accumulate=2"]
+    model = ["model.path=asset:teacher", "model.dtype=float32", "lora.frozen=float32", "data.checkpoint=asset:teacher"]
+    return [*model, *sizes, f"data.path={directory / 'rows.jsonl'}"]
 
 
 def stand_in(model: dict, at: str = "model") -> list[str]:
@@ -138,6 +150,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
         tiny = self_distilled(tree, output) if tree["data"]["_component_"] == "recorded" else tiny
+        tiny = own_pairs(tmp_path / "data") if tree["data"]["_component_"] == "pairs" else tiny
         command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else (*TRAIN, *small(tree["data"]))), *tiny, f"output={output}"]
     assert cli.main(["show", *command[1:]]) == 0
     capsys.readouterr()
