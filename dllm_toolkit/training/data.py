@@ -167,6 +167,10 @@ class Data(abc.ABC):
         length = getattr(self, "answer_length", None)
         return () if length is None else (length,)
 
+    def identity(self) -> str:
+        """Two data of one identity have the same rows."""
+        return repr(self)
+
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer whose ids the rows hold."""

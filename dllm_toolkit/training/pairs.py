@@ -42,7 +42,7 @@ class PairData(Data):
     checkpoint: directory, hub id or asset:NAME whose tokenizer writes the ids. prompt, answer: names of the columns. prompt_format: the
     text around a prompt, such as "Question: {prompt} Answer:"; null takes the chat template if there is one. end: the token behind an
     answer, such as "<|eot_id|>"; null takes the tokenizer's end of text, which fills up in any case. heldout: prompts set apart. size: the
-    most rows used.
+    most rows used. grade: when a model's own answer is right: the same `text`, or the same last `number`, as GSM8K is graded.
     """
 
     checkpoint: str
@@ -58,6 +58,7 @@ class PairData(Data):
     heldout: int = 64
     batch_size: int = 8
     size: int | None = None
+    grade: Literal["text", "number"] = "text"
 
     def __post_init__(self) -> None:
         for name in ("answer_length", "prompt_length_max", "heldout", "batch_size", "size"):
@@ -81,6 +82,13 @@ class PairData(Data):
                 f"rows of {self.prompt_length_max} + {self.answer_length} tokens do not fit the model, got max_positions={max_positions}. "
                 f"Every token needs a position. Write prompt_length_max: {max(1, max_positions - self.answer_length)}, or answer less."
             )
+
+    def identity(self) -> str:
+        written = blake2b(digest_size=16)  # the file may change under its name
+        for rows in self._rows.values():
+            for row in rows:
+                written.update(repr(row).encode())
+        return f"{self!r} {written.hexdigest()}"
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self._tokenizer
@@ -180,7 +188,8 @@ class PairData(Data):
         return source(parts["train"], self.batch_size), source(heldout, max(1, min(self.batch_size, len(heldout) // world)))
 
     def examples(self, count: int, split: Literal["train", "heldout"] = "heldout") -> list[Example]:
-        return [Example(row.prompt, row.text, partial(_same, row.reference)) for row in self._rows[split][:count]]
+        right = _same_number if self.grade == "number" else _same
+        return [Example(row.prompt, row.text, partial(right, row.reference)) for row in self._rows[split][:count]]
 
 
 def _key(text: str) -> bytes:
@@ -189,3 +198,10 @@ def _key(text: str) -> bytes:
 
 def _same(reference: str, text: str) -> bool:
     return " ".join(text.split()) == " ".join(reference.split())
+
+
+def _same_number(reference: str, text: str) -> bool:
+    from dllm_toolkit.evaluation.tasks.numbers import final_number
+
+    wanted = final_number(reference)
+    return wanted is not None and final_number(text) == wanted

@@ -124,11 +124,12 @@ class RecordedData(Data):
 
     def made_by(self) -> str:
         """16 hex digits of everything that the recorded answers depend on."""
-        return digest([repr(self.prompts), self.model.tree, repr(self.decoder), repr(self.cache)])
+        return digest([self.prompts.identity(), self.model.tree, repr(self.decoder), repr(self.cache)])
 
     def _record(self, split: Split, file: Path) -> None:
-        size = getattr(self.prompts, "size" if split == "train" else "heldout")
-        examples, answer = self.prompts.examples(size, split), self.answer_lengths[0]
+        wanted = getattr(self.prompts, "size" if split == "train" else "heldout")
+        examples, answer = self.prompts.examples(sys.maxsize if wanted is None else wanted, split), self.answer_lengths[0]
+        size = len(examples)
         where = torch.device("cuda" if self.device == "auto" and torch.cuda.is_available() else self.device.replace("auto", "cpu"))
         model: Any = self.model.build()
         model = model.to(where)

@@ -76,14 +76,14 @@ def self_distilled(tree: dict, output: Path) -> list[str]:
     return [model, f"data.model={FRESH}", *teacher, quick, "data.right_only=false", f"data.store={output / 'answers'}"]
 
 
-def own_pairs(directory: Path) -> list[str]:
+def own_pairs(directory: Path, at: str = "data") -> list[str]:
     """Overrides of a recipe for rows of one's own: some in the words of the shipped teacher, which stands for the published model."""
     directory.mkdir()
     rows = [{"prompt": f"Question: Max has {number} eggs. Explain:", "answer": f" Max has {number} eggs."} for number in range(12)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = ["data.heldout=2", "data.answer_length=16", "data.prompt_length_max=32", "data.end=null", "trainer.accumulate=2"]
-    model = ["model.path=asset:teacher", "model.dtype=float32", "lora.frozen=float32", "data.checkpoint=asset:teacher"]
-    return [*model, *sizes, f"data.path={directory / 'rows.jsonl'}"]
+    sizes = [f"{at}.{one}" for one in ("heldout=2", "answer_length=16", "prompt_length_max=32", "end=null", "checkpoint=asset:teacher")]
+    model = ["model.path=asset:teacher", "model.dtype=float32", "lora.frozen=float32", "trainer.accumulate=2"]
+    return [*model, *sizes, f"{at}.path={directory / 'rows.jsonl'}"]
 
 
 def stand_in(model: dict, at: str = "model") -> list[str]:
@@ -150,7 +150,11 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     else:
         tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
         tiny = self_distilled(tree, output) if tree["data"]["_component_"] == "recorded" else tiny
-        tiny = own_pairs(tmp_path / "data") if tree["data"]["_component_"] == "pairs" else tiny
+        if tree["data"]["_component_"] == "pairs":
+            tiny = own_pairs(tmp_path / "data")
+        elif tree["data"].get("prompts", {}).get("_component_") == "pairs":
+            own = [one for one in own_pairs(tmp_path / "data", "data.prompts") if not one.startswith("model.")]
+            tiny = [*tiny, *own, *(["objective.block_length=4"] if "block_length" in tree["objective"] else [])]
         command = ["train", str(path), *(TRAIN_FILTER if "filter" in tree else (*TRAIN, *small(tree["data"]))), *tiny, f"output={output}"]
     assert cli.main(["show", *command[1:]]) == 0
     capsys.readouterr()

@@ -76,3 +76,15 @@ def test_bad_rows_are_refused(tmp_path: Path, rows: Any, options: dict[str, Any]
 def test_rows_longer_than_the_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="32 \\+ 16 tokens do not fit the model"):
         data(tmp_path).check(40)
+
+
+def test_an_edited_file_is_other_data(tmp_path: Path) -> None:
+    """What was recorded for its prompts is not taken for the new ones."""
+    before = data(tmp_path).identity()
+    assert data(tmp_path).identity() == before != data(tmp_path, [*ROWS[:-1], {**ROWS[-1], "answer": " eggs."}]).identity()
+
+
+def test_numbers_are_graded_as_numbers(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question: {one}", "answer": " The answer is 12."} for one in range(4)]
+    grade = data(tmp_path, rows, grade="number").examples(1)[0].grade
+    assert grade("so 3 x 4 = 12.") and not grade("so 3 x 4 = 13.") and not grade("eggs")
