@@ -1,4 +1,4 @@
-"""The `dllm-toolkit` command: compare, harness, report, generate, watch, train, list, show, check, golden, doctor.
+"""The `dllm-toolkit` command: compare, harness, report, generate, watch, train, ... Long because the arguments of all of them are here.
 
 Results go to stdout; progress and messages go to stderr. Exit codes: 0 done; 1 a check failed; 2 the input
 is wrong (one message, nothing written); 130 interrupted. Each command imports what it needs when it runs, so

@@ -105,7 +105,6 @@ class Pool:
         self.kind: Kind | None = "emulated" if _emulated else "cuda" if device.type == "cuda" else None
         self.static: dict[tuple[Any, ...], Tensor] = {}
         self.homes: dict[Any, PyTree] = {}
-        self.recorded = 0
         self.seconds = 0.0
 
     def owns(self, tensor: Tensor) -> bool:
@@ -178,7 +177,6 @@ class _Recording:
             self.outputs = rebuild(made, kept_apart)
             copy_all(zip(touched, before, strict=True))
         pool.adopt((self.inputs, self.outputs))
-        pool.recorded += 1
 
     def fits(self, arguments: tuple[Any, ...]) -> bool:
         """Do all these tensors lie where the graph reads them?"""

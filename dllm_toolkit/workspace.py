@@ -21,7 +21,7 @@ MOST_RULES = 24  # functions of decoders in one of them; each holds its scratch 
 
 
 class Workspace:
-    """kv, pool, and functions by name, compiled and recorded. `fresh`: nothing of it has been used before."""
+    """kv, pool, and functions by name, compiled and recorded. unused: buffers that a larger one replaced; graphs may read them."""
 
     def __init__(self, kv: KVBuffer, pool: Pool) -> None:
         self.kv, self.pool = kv, pool

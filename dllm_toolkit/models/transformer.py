@@ -1,4 +1,4 @@
-"""One readable transformer for every model here: full, block-causal or causal attention is only a mask.
+"""One readable transformer for every model here; attention is only a mask. Long because settings, layer and model are read together.
 
 Pre-norm residual blocks with RMSNorm, rotary embeddings (half-split), grouped or plain multi-head attention, optional q/k/v
 biases and SwiGLU: the layout of Llama, Qwen2, LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487). What differs between them is

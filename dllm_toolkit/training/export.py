@@ -6,9 +6,10 @@ A card is two files: card.json for programs, README.md for people (rendered from
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,9 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.lora import has_adapter, save_adapter
 from dllm_toolkit.training.objectives import full_allow
+
+if TYPE_CHECKING:
+    from dllm_toolkit.recipe import Recipe
 
 
 class ExportError(ToolkitError):
@@ -74,6 +78,34 @@ def _readable(directory: Path) -> None:
     """safetensors writes files that only their owner can read; these are to be installed and shared."""
     for file in directory.glob("*.safetensors"):
         file.chmod(0o644)
+
+
+def write_training_card(
+    directory: Path,
+    recipe: Recipe,
+    *,
+    summary: str,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    """The card of what a recipe trained. training, metrics: by name, what only this kind of training has."""
+    import lightning.pytorch as pl
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__}
+    write_card(
+        directory,
+        {
+            "name": directory.name,
+            "summary": summary,
+            "command": f"dllm-toolkit train {recipe.path}",
+            "recipe_hash": recipe.hash(),
+            "training": {**training, "device": where, "versions": versions},
+            "metrics": dict(metrics),
+            "recipe": recipe.to_yaml(),
+        },
+    )
 
 
 def write_card(directory: Path, card: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from dllm_toolkit.decoders.learn2pd import Activation, Filter, filter_logits, sa
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.data import Data, Source
-from dllm_toolkit.training.export import write_card
+from dllm_toolkit.training.export import write_training_card
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.oracle import Examples, joined, oracle_examples
 from dllm_toolkit.training.run import TrainError, check_export, claim, owned, say
@@ -294,26 +294,20 @@ def _card(
     metrics: dict[str, float],
 ) -> None:
     assert built.export is not None
-    write_card(
+    write_training_card(
         built.export,
-        {
-            "name": built.export.name,
-            "summary": built.summary,
-            "command": f"dllm-toolkit train {recipe.path}",
-            "recipe_hash": recipe.hash(),
-            "training": {
-                "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
-                "seed": built.seed,
-                "data": repr(built.data),
-                "filter": repr(built.filter),
-                "blocks": {"train": len(train.confidence), "heldout": len(heldout.confidence)},
-                "masks_proposed_right": {"train": _share(train), "heldout": _share(heldout)},
-                "steps": built.trainer.max_steps,
-                "seconds_of_decoding": round(collected, 1),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "versions": {"torch": torch.__version__, "lightning": pl.__version__},
-            },
-            "metrics": metrics,
-            "recipe": recipe.to_yaml(),
+        recipe,
+        summary=built.summary,
+        training={
+            "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
+            "seed": built.seed,
+            "data": repr(built.data),
+            "filter": repr(built.filter),
+            "blocks": {"train": len(train.confidence), "heldout": len(heldout.confidence)},
+            "masks_proposed_right": {"train": _share(train), "heldout": _share(heldout)},
+            "steps": built.trainer.max_steps,
+            "seconds_of_decoding": round(collected, 1),
         },
+        metrics=metrics,
+        device=device,
     )

@@ -16,7 +16,6 @@ import copy
 import itertools
 import json
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.estimators import Views, packed, score
-from dllm_toolkit.training.export import export, write_card
+from dllm_toolkit.training.export import export, write_training_card
 from dllm_toolkit.training.lora import Lora, adapter_off, inject
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
@@ -384,26 +383,20 @@ def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Po
         batch = Batch(output.canvas, output.begin, module.pool.max_new_tokens)
     spec = module.model.spec
     report = export(module.model, built.export, batch, attention=spec.attention, block_size=spec.block_size)
-    write_card(
+    write_training_card(
         built.export,
-        {
-            "name": built.export.name,
-            "summary": built.summary,
-            "command": f"dllm-toolkit train {recipe.path}",
-            "recipe_hash": recipe.hash(),
-            "training": {
-                "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
-                "seed": built.seed,
-                "task": repr(built.task),
-                "policy": repr(built.policy),
-                "iterations": module.iteration,
-                **counts,
-                "seconds": round(module.seconds, 1),
-                "device": torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else platform.processor() or "cpu",
-                "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
-            },
-            "metrics": {**{k: result[k] for k in ("exact", "correct") if k in result}, **({"float16_export": report} if report else {})},
-            "recipe": recipe.to_yaml(),
+        recipe,
+        summary=built.summary,
+        training={
+            "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+            "seed": built.seed,
+            "task": repr(built.task),
+            "policy": repr(built.policy),
+            "iterations": module.iteration,
+            **counts,
+            "seconds": round(module.seconds, 1),
         },
+        metrics={**{k: result[k] for k in ("exact", "correct") if k in result}, **({"float16_export": report} if report else {})},
+        device=module.device,
     )
     say(f"exported to {built.export}")

@@ -1,10 +1,9 @@
-"""`dllm-toolkit train recipe.yaml`: build, resume if there is something to resume, fit, export, write the card."""
+"""`dllm-toolkit train recipe.yaml`: build, resume, fit, export, card. Long because every refusal of a recipe is here, before any work."""
 
 from __future__ import annotations
 
 import logging
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
-from dllm_toolkit.training.export import export, write_card
+from dllm_toolkit.training.export import export, write_training_card
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.module import DiffusionModule
 from dllm_toolkit.training.objectives import D2FDistillation, Objective
@@ -433,35 +432,29 @@ def _finish(
     lanes = {
         who: round(sequences * sum(cost) / len(costs)) for who, cost in zip(("student", "teacher"), zip(*costs, strict=True), strict=True)
     }
-    write_card(
+    write_training_card(
         built.export,
-        {
-            "name": built.export.name,
-            "summary": built.summary,
-            "command": f"dllm-toolkit train {recipe.path}",
-            "recipe_hash": recipe.hash(),
-            "training": {
-                "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
-                "all_parameters": sum(p.numel() for p in module.model.parameters()),
-                "seed": built.seed,
-                "data": repr(built.data),
-                "objective": repr(built.objective),
-                "steps": trainer.global_step,
-                "sequences": sequences,
-                "rows": train.size,
-                "lanes": lanes,
-                "seconds": round(module.seconds, 1),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-                "devices": trainer.world_size,
-                "precision": built.trainer.precision,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
-            },
-            "metrics": {
-                "final_train_loss": float(module.last_loss),
-                "final_validation_loss": module.validation_loss,
-                **({"float16_export": report} if report else {}),
-            },
-            "recipe": recipe.to_yaml(),
+        recipe,
+        summary=built.summary,
+        training={
+            "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+            "all_parameters": sum(p.numel() for p in module.model.parameters()),
+            "seed": built.seed,
+            "data": repr(built.data),
+            "objective": repr(built.objective),
+            "steps": trainer.global_step,
+            "sequences": sequences,
+            "rows": train.size,
+            "lanes": lanes,
+            "seconds": round(module.seconds, 1),
+            "devices": trainer.world_size,
+            "precision": built.trainer.precision,
         },
+        metrics={
+            "final_train_loss": float(module.last_loss),
+            "final_validation_loss": module.validation_loss,
+            **({"float16_export": report} if report else {}),
+        },
+        device=device,
     )
     say(f"exported to {built.export}")
