@@ -75,7 +75,7 @@ class Composed(Objective):
 
     @property
     def splits(self) -> bool:
-        return type(self).loss is Composed.loss  # of another one nobody knows the sums
+        return type(self).loss is Composed.loss  # nobody knows the sums of another one
 
     @property
     def needs_teacher(self) -> bool:
