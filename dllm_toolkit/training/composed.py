@@ -143,7 +143,7 @@ class Composed(Objective):
         answer, numbers = batch.answer, []
         for term in self.terms:
             for copy in copies:
-                mass = mass_of(term.weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
+                mass = mass_of(term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
                 numbers.append(copy.weight.new_zeros(()) if mass is None else mass.sum().to(copy.weight.dtype))
         return torch.stack(numbers).view(len(self.terms), len(copies))
 

@@ -89,7 +89,7 @@ class Term(abc.ABC):
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         """Values and weights of every position."""
 
-    def weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
         """The weights, as far as they are known before the model is asked: what batches of one step weigh (training/composed.py)."""
         return selected.weight
 
@@ -120,7 +120,7 @@ class _Divergence(Term):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
         return selected.weight if selected.teacher_weight is None else selected.teacher_weight
 
 
@@ -130,7 +130,7 @@ class ForwardKL(_Divergence):
 
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         assert selected.teacher is not None
-        return self.temperature**2 * soft_cross_entropy(logits, selected.teacher, self.temperature), self.weight(selected)
+        return self.temperature**2 * soft_cross_entropy(logits, selected.teacher, self.temperature), self.known_weight(selected)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ReverseKL(_Divergence):
 
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         assert selected.teacher is not None
-        return self.temperature**2 * reverse_kl(logits, selected.teacher, self.temperature), self.weight(selected)
+        return self.temperature**2 * reverse_kl(logits, selected.teacher, self.temperature), self.known_weight(selected)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Certainty(Term):
         right = (logits.detach().argmax(-1) == selected.tokens) & (selected.weight > 0)
         return entropy(logits, self.temperature), right.to(selected.weight.dtype)
 
-    def weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
         return (selected.weight > 0).to(selected.weight.dtype)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,16 +17,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer, transformer
+from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.layouts import Doubled
+from dllm_toolkit.training.layouts import Doubled, Full
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, cap
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
 from dllm_toolkit.training.methods.diffullama import Adaptation
 from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.methods.dscd import DSCD
 from dllm_toolkit.training.objectives import D2FDistillation, Loss, MaskedDiffusion, Normaliser, Objective, View, normalise
+from dllm_toolkit.training.run import TrainRecipe, run_training
 from dllm_toolkit.training.split import Split
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, ForwardKL, Term
 from dllm_toolkit.types import ModelSpec
@@ -275,10 +278,13 @@ def test_certainty_forcing_as_published_is_the_mean_of_its_rows() -> None:
     assert len({round(float(row.metrics["certainty"]), 6) for row in rows}) > 2
 
 
-def test_a_loss_of_ones_own_instead_of_terms_is_a_mean_over_rows() -> None:
-    """Nobody knows its sums: several processes are refused, batches of a step weigh what their rows do."""
+def test_a_loss_of_ones_own_instead_of_terms_is_a_mean_over_rows(tmp_path: Path) -> None:
+    """Nobody knows its sums: batches of a step weigh what their rows do, and several processes are refused before anything starts."""
 
     class Own(ByToken):
+        def layout(self, progress: float) -> Full:  # type: ignore[override]
+            return Full()
+
         def loss(self, model: Any, batch: Batch, view: Any) -> Loss:
             return Loss(2.0 * super().loss(model, batch, view).value, {})
 
@@ -288,6 +294,11 @@ def test_a_loss_of_ones_own_instead_of_terms_is_a_mean_over_rows() -> None:
     step = sum(objective.divisor(one, SPEC, torch.Generator(), 0.5) for one in batches)
     loss, toward, _ = measured(objective, [{"batch": one, "step": step} for one in batches], batch)
     assert float(step) == 6 and torch.allclose(toward, loss / 2)
+    data = {"_component_": "stories", "size": 4, "heldout": 2, "batch_size": 2}
+    recipe = Recipe.from_tree({**RECIPE, "data": data, "trainer": {**TRAINER, "devices": 2}, "output": str(tmp_path / "out")})
+    with pytest.raises(ToolkitError, match="got Own with 2 devices.*Write devices: 1"):
+        run_training(recipe, replace(recipe.build(TrainRecipe), objective=objective))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_without_anything_to_learn_has_no_share() -> None:
