@@ -133,6 +133,9 @@ class Composed(Objective):
     def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
         return view._replace(teacher=model.logits(view.hint, full_allow(repeated(batch, len(view.tokens) // len(batch.tokens)))))
 
+    def mass(self, spec: ModelSpec, batch: Batch, view: Shown) -> Num[Tensor, "B"] | None:  # type: ignore[override]
+        return torch.ones_like(batch.prompt_length)  # asked only of a `loss` that is not the one below: a mean over rows
+
     def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."] | None:
         if not self.splits:
             return super().divisor(batch, spec, generator, progress)
@@ -166,7 +169,7 @@ class Composed(Objective):
         if split is not None:
             batch, copies = split.of(batch), [split.of(copy) for copy in copies]
         view = self.shown(batch, copies, model.spec, generator, progress)
-        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))  # type: ignore[arg-type]
+        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))
         if split is not None:
             assert result.sums is not None
             result = self.divided(result.sums.of_all(split), view.shares)._replace(share=torch.ones_like(result.value))

@@ -1,4 +1,4 @@
-"""Training objectives: pure functions from a batch and random numbers to a loss.
+"""Training objectives: functions from a batch and random numbers to a loss. Long: the contract, and the three that are no sums of terms.
 
 An objective is two steps. `corrupt` is random and cheap (a `View`: what the model sees, which positions count and how much);
 `loss` is deterministic and expensive, one graph for torch.compile. Everything is weights on a dense [B, L] grid, never boolean
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
+
+
+Drawn = TypeVar("Drawn", bound=tuple)  # a View, or what an objective has instead of one
 
 
 class ObjectiveError(ToolkitError):
@@ -165,14 +168,14 @@ class Objective(abc.ABC):
             toward = toward * ratio(mass.sum(), step)
         return result._replace(share=share, toward=toward)
 
-    def taught(self, model: Transformer, teacher: Transformer | None, batch: Batch, view: View) -> View:
+    def taught(self, model: Transformer, teacher: Transformer | None, batch: Batch, view: Drawn) -> Drawn:
         """`view` with what the teacher says, if there is one: `teacher`, or the model with its adapter off."""
         if not self.needs_teacher:
             return view
         from dllm_toolkit.training.lora import adapter_off
 
         with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
-            return self.teach(model if teacher is None else teacher, batch, view)
+            return self.teach(model if teacher is None else teacher, batch, view)  # type: ignore[arg-type,return-value]
 
 
 declare("objective", Objective)
