@@ -9,6 +9,14 @@
 A method is a subclass with `terms` and two methods, `noise` and `layout`: see training/methods and examples/my_objective.py. Levels, masks,
 block lengths and shares may depend on the run's progress; whatever does is a tensor by the time the loss is computed, so that the graphs of
 torch.compile, one for the layers and one for the terms of a chunk, serve the whole run.
+
+Each term divides its sum over each copy by a number of its own. Of a batch that several processes share, noise is drawn for all rows, a
+process lays out its rows of each copy, and its sums are divided by what all processes divide by (split.py). Of a step of several batches
+
+    loss = sum over terms k, copies c, batches b of   share_k * (over_kcb / under_kcb) * (known_kcb / sum over b' of known_kcb')
+
+where `known` is `under` as far as it is known before the forward; the noise of all batches is drawn ahead for the sum. Where they are the
+same the step is that of one larger batch. They differ for a mean over what passes a gate: see `Certainty`.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor, nn
 
 from dllm_toolkit.models.base import Query
@@ -28,7 +36,8 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.layouts import Full, Layout, Seen
-from dllm_toolkit.training.objectives import Loss, Objective, ObjectiveError, full_blocks, normalise
+from dllm_toolkit.training.objectives import Loss, Objective, ObjectiveError, full_blocks, mass_of, summed
+from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.training.terms import ForwardKL, ReverseKL, Selected, Term, teacher_gap
 from dllm_toolkit.types import Attention, ModelSpec
 
@@ -81,7 +90,7 @@ class Composed(Objective):
 
     @property
     def splits(self) -> bool:
-        return False  # its copies stand one behind the other, and each term divides by its own sum
+        return type(self).loss is Composed.loss  # nobody knows the sums of another one
 
     @property
     def needs_teacher(self) -> bool:
@@ -118,7 +127,10 @@ class Composed(Objective):
         return self.copies * student, self.copies * length if self.needs_teacher else 0
 
     def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
-        copies = self.noise(batch, spec, generator, progress)
+        return self.shown(batch, self.noise(batch, spec, generator, progress), spec, generator, progress)
+
+    def shown(self, batch: Batch, copies: Sequence[Copy], spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
+        """The copies of a batch, or of a part of it, laid out."""
         tokens, weight = torch.cat([copy.tokens for copy in copies]), torch.cat([copy.weight for copy in copies])
         seen = self.layout(progress)(repeated(batch, len(copies)), tokens, spec.shift, generator)
         return Shown(
@@ -136,12 +148,57 @@ class Composed(Objective):
     def compiled(self) -> Callable[..., Loss]:
         """One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
         fast = replace(self, forward=replace(self.forward, compile=True))
+        if type(self).loss is not Composed.loss:  # which need not ask for `measure`
+            return fast
         return partial(fast.__call__, loss=partial(fast.loss, measure=torch.compile(fast.measure, dynamic=False)))  # type: ignore[arg-type]  # views are Shown
 
     def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
         rows = self._rows(model, view)
         hidden = self.forward.hidden(model, view.hint, full_blocks(repeated(batch, len(view.tokens) // len(batch.tokens))))
         return view._replace(rows=rows, teacher=model.lm_head(self.forward.at(model, hidden, rows)))
+
+    def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."] | None:
+        if not self.splits:
+            return super().divisor(batch, spec, generator, progress)
+        return self.known(batch, self.noise(batch, spec, generator, progress))
+
+    def known(self, batch: Batch, copies: Sequence[Copy]) -> Float[Tensor, "K C"]:
+        """What each term divides by on each copy, as far as it is known before the model is asked; 0 where that is nothing."""
+        answer, numbers = batch.answer, []
+        for term in self.terms:
+            for copy in copies:
+                mass = mass_of(term.weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
+                numbers.append(copy.weight.new_zeros(()) if mass is None else mass.sum().to(copy.weight.dtype))
+        return torch.stack(numbers).view(len(self.terms), len(copies))
+
+    def __call__(
+        self,
+        model: Transformer,
+        batch: Batch,
+        generator: torch.Generator,
+        *,
+        loss: Callable[..., Loss] | None = None,
+        teacher: Transformer | None = None,
+        progress: float = 1.0,
+        split: Split | None = None,
+        step: Num[Tensor, "..."] | None = None,
+    ) -> Loss:
+        if not self.splits:
+            return super().__call__(model, batch, generator, loss=loss, teacher=teacher, progress=progress, split=split, step=step)
+        copies = self.noise(batch, model.spec, generator, progress)
+        known = None if step is None else self.known(batch, copies)
+        if split is not None:
+            batch, copies = split.of(batch), [split.of(copy) for copy in copies]
+        view = self.shown(batch, copies, model.spec, generator, progress)
+        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))  # type: ignore[arg-type]
+        if split is not None:
+            assert result.sums is not None
+            result = self.divided(result.sums.of_all(split), view.shares)._replace(share=torch.ones_like(result.value))
+        if step is None or known is None:
+            return result._replace(toward=result.value)
+        assert result.sums is not None
+        weight = torch.where(step > 0, ratio(known, step), 1.0)
+        return result._replace(toward=(view.shares * (ratio(result.sums.over, result.sums.under) * weight).sum(1)).sum())
 
     def loss(self, model: Transformer, batch: Batch, view: Shown, measure: Callable[..., tuple[Tensor, ...]] | None = None) -> Loss:  # type: ignore[override]
         """measure: what is called instead of the method of that name, where it is compiled."""
@@ -160,22 +217,33 @@ class Composed(Objective):
 
         guess, *rest = (spread(values) for values in found)
         answer, supervised = batch.answer, view.weight > 0
-        metrics = {"masked_accuracy": ((guess == target) & supervised).sum() / supervised.sum().clamp(min=1)}
-        total = asked.new_zeros((), dtype=torch.float32)
+        counts = {"masked_accuracy": (((guess == target) & supervised).sum(), supervised.sum())}
+        over, under = [], []
         for number, term in enumerate(self.terms):
             values, weight = rest[2 * number : 2 * number + 2]
-            value = torch.zeros_like(total)
-            for start in range(0, count if term.first_only else len(view.tokens), count):
+            for start in range(0, len(view.tokens), count):
+                if term.first_only and start:
+                    over.append(torch.zeros_like(over[-1]))
+                    under.append(torch.zeros_like(under[-1]))
+                    continue
                 part = slice(start, start + count)
-                value = value + normalise(values[part], weight[part], answer, term.normaliser)
-            metrics[term.name] = value.detach()
-            total = total + view.shares[number] * value
+                value, mass = summed(values[part], weight[part], answer, term.normaliser)
+                over.append(value)
+                under.append(mass.to(view.weight.dtype))
         if view.teacher is not None:
             gap, agree = rest[-2:]
             counted = view.teacher_weight > 0
-            metrics["kl"] = normalise(gap, view.teacher_weight, counted, "masked_count")
-            metrics["teacher_agreement"] = (agree & counted).sum() / counted.sum().clamp(min=1)
-        return Loss(total, metrics)
+            counts["kl"] = ((gap * view.teacher_weight).sum(), counted.sum())
+            counts["teacher_agreement"] = ((agree & counted).sum(), counted.sum())
+        shape = len(self.terms), len(view.tokens) // count
+        return self.divided(Sums(torch.stack(over).view(shape), torch.stack(under).view(shape), counts), view.shares)
+
+    def divided(self, sums: Sums, shares: Float[Tensor, "K"]) -> Loss:
+        """The loss whose terms have these sums."""
+        values = ratio(sums.over, sums.under).sum(1)  # [K]
+        metrics = {name: ratio(*both) for name, both in sums.counts.items()}
+        metrics |= {term.name: values[number].detach() for number, term in enumerate(self.terms)}
+        return Loss((shares * values).sum(), metrics, sums=sums)
 
     def measure(
         self,

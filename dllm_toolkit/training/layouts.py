@@ -48,7 +48,10 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
-        """`batch` has the clean rows, `tokens` what is shown instead of them. `generator`: for rules that are drawn."""
+        """`batch` has the clean rows, `tokens` what is shown instead of them. `generator`: for rules that are drawn.
+
+        What is drawn must not depend on the number of rows: of several processes each lays out its own, and all draw the same.
+        """
 
     def lanes(self, length: int, answer_length: int) -> int:
         """W, for rows of `length` tokens."""
