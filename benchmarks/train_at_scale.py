@@ -367,6 +367,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.rows = options.rows or ([0] if options.tiny else [0, 4])
     options.device = options.device or ("cpu" if options.tiny else "cuda")
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("these shapes need a GPU, and PyTorch sees none. Write --tiny.")
     options.peak = options.peak or next((peak for key, peak in PEAK.items() if key in device_name(device)), None)
     torch._dynamo.config.recompile_limit = 64  # several sizes of each graph
     begun = time.perf_counter()
