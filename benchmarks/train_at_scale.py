@@ -67,8 +67,7 @@ from dllm_toolkit.training.run import TrainRecipe, run_training
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "train"
 DEFAULT = ("d2f_llada", "dscd_llada", "dparallel_llada", "d3llm_llada", "d2f_dream", "dparallel_dream", "d3llm_dream")
-BLOCK = 32
-"""Of the decoder that records answers."""
+BLOCK = 32  # of the decoder that records answers
 TINY: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "vocab_size": 400}
 SHAPES: dict[str, dict[str, Any]] = {
     "llada": {"width": 4096, "layers": 32, "heads": 32, "mlp_width": 12288, "vocab_size": 126464, "rope_theta": 5e5},
@@ -296,11 +295,10 @@ def attempt(*given: Any) -> dict[str, Any]:
     """What is measured, or why it could not be."""
     torch._dynamo.reset()  # as a process of its own would begin
     try:
-        row = measured(*given)
+        return measured(*given)
     except Exception as failure:  # a line that fails must not cost the others
         said = str(failure).splitlines()
-        row = {"failed": f"{type(failure).__name__}: {said[0] if said else ''}"[:300]}
-    return row
+        return {"failed": f"{type(failure).__name__}: {said[0] if said else ''}"[:300]}
 
 
 def tidy(device: torch.device) -> None:
@@ -375,8 +373,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     lines: list[dict[str, Any]] = []
     found = [read(name, options) for name in options.recipes]
     found.sort(key=lambda one: one[2] != "llada")  # so that the weights of a model are made once in a pass
-    weights: dict[str, Tensor] = {}
-    made = None
+    weights, made = dict[str, Tensor](), None
     for rows in options.rows:
         for name, loaded, shape, config, built in found:
             dtype = getattr(torch, (built.lora or Lora()).frozen)
@@ -387,7 +384,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     weights.clear()
                     tidy(device)
                     weights.update(random_weights(config, dtype, device))
-                    made = (shape, dtype)
+                    made = shape, dtype
                 row = attempt(loaded, built, config, weights, rows, options)
                 tidy(device)
             lines.append({"recipe": name, "model": shape, **row})
