@@ -2,7 +2,7 @@
 
 An objective is two steps. `corrupt` is random and cheap (a `View`: what the model sees, which positions count and how much);
 `loss` is deterministic and expensive, one graph for torch.compile. Everything is weights on a dense [B, L] grid, never boolean
-indexing, so no step waits for the device; D2F waits once, for the number of rows whose logits it needs (training/forward.py).
+indexing, so no step waits for the device; D2F and sums of terms wait once, for the number of rows whose logits they need (forward.py).
 
     MaskedDiffusion   CE at masked positions under full attention          LLaDA, arXiv 2502.09992
     Autoregressive    CE of every answer token given the ones before

@@ -8,7 +8,8 @@
     ReverseKL        T^2 KL(student || teacher)                         the same
     Certainty       entropy of softmax(logits / T)                      1 where the most probable token is the right one, else 0
 
-A copy is one noisy version of the batch: complementary masks make two. A term never calls the model and never sees a layout.
+A copy is one noisy version of the batch: complementary masks make two. A term never calls the model and never sees a layout. It is asked
+for a number of positions that have a weight, as if they were one row, in any order: what it says of one may depend on that one alone.
 
 References: D2F (arXiv 2508.09192), CD4LM (arXiv 2601.02236), dParallel (arXiv 2509.26488), LLaDA2.0's confidence-aware training
 (arXiv 2512.15745).
@@ -69,7 +70,7 @@ def interpolated(values: Sequence[int], progress: float) -> int:
 
 
 class Selected(NamedTuple):
-    """One copy of the batch as a term sees it. teacher_weight: None is `weight`."""
+    """Positions as a term sees them. teacher_weight: None is `weight`."""
 
     tokens: Int[Tensor, "B L"]
     weight: Float[Tensor, "B L"]
