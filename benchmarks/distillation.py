@@ -114,7 +114,8 @@ def main() -> int:
     seconds, failed = run_all(options.only, home, 2 if options.smoke else options.at_once, options.smoke)
     if not failed and len(options.only) == len(every):
         began = time.monotonic()
-        made = subprocess.run(shared(comparison(home, output, options.smoke), options.smoke), cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        compare = shared(comparison(home, output, options.smoke), options.smoke)
+        made = subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
         seconds["comparison"] = round(time.monotonic() - began, 1)
         write = [sys.executable, "-m", "dllm_toolkit.evaluation.distillation_page", str(output), str(page), str(home)]
         failed += ["comparison"] if made else ["page"] if subprocess.run(write, cwd=ROOT).returncode else []

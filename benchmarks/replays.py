@@ -53,7 +53,8 @@ def steps(model: Transformer, repeats: int = 20) -> dict[str, dict[str, float]]:
                 kind = name[0] if isinstance(name, tuple) else None
                 if kind == "forward":
                     _, _, lanes, reads, flat, whole = name
-                    found["forward"][f"{lanes}, {reads}" + ("" if flat is None else f", {flat} flat") + ("" if whole else ", rest")] = milliseconds
+                    note = ("" if flat is None else f", {flat} flat") + ("" if whole else ", rest")
+                    found["forward"][f"{lanes}, {reads}{note}"] = milliseconds
                 elif kind == "look":
                     found["look"]["plan"] = milliseconds
                 elif kind == "rule":
