@@ -42,7 +42,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def cut_of(view: Shown, batch: Batch, row: int, separated: bool) -> int:
     """Where the run of a row ends: everybody sees what is before it, and the separator if there is one and room for it."""
     seen = int(view.seen.allow[row, 0].sum())
-    assert torch.equal(view.seen.allow[row], (torch.arange(20) < seen).expand(20, 20))
+    assert torch.equal(view.seen.allow[row, :seen], (torch.arange(20) < seen).expand(seen, 20))
     at_end = view.seen.tokens[row, seen - 1] == SEPARATOR
     assert bool(at_end) == separated or seen == int(batch.prompt_length[row]) + ANSWER
     return seen - int(at_end)
@@ -127,8 +127,8 @@ def test_stage_2_is_the_loss_of_dflash_without_features() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Continuation(base=0.0),
-        lambda: deer_refinement(longest=0),
+        lambda: Continuation(base=0.0).check(tiny()),
+        lambda: deer_refinement(longest=-1).check(tiny()),
         lambda: Continuation(MASK).check(tiny()),
         lambda: Continuation(EOS).check(tiny()),
         lambda: Continuation(11).check(tiny()),
