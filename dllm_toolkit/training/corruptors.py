@@ -16,6 +16,7 @@ Reference: LLaDA (arXiv 2502.09992); D2F (arXiv 2508.09192).
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +51,14 @@ class Batch(NamedTuple):
         """Prompt and answer: what attention may see. Padding to the right of the answer never exists when decoding."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return position < self.prompt_length.unsqueeze(1) + self.answer_length
+
+    def text(self, eos_ids: Iterable[int]) -> Bool[Tensor, "B L"]:
+        """The answer up to its first end of text, that one included."""
+        answer = self.answer
+        ended = torch.zeros_like(answer)
+        for eos in eos_ids:
+            ended = ended | (answer & (self.tokens == eos))
+        return answer & (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
 
 
 class Corruption(NamedTuple):

@@ -300,7 +300,7 @@ class Autoregressive(Objective):
 
     def _weight(self, spec: ModelSpec, batch: Batch, view: View) -> Float[Tensor, "B L"]:
         """1 at the positions that count."""
-        return view.weight if self.padding else view.weight * until_end(batch, spec)
+        return view.weight if self.padding else view.weight * batch.text(spec.eos_ids)
 
 
 @register("objective", "d2f")
@@ -399,15 +399,6 @@ class D2FDistillation(Objective):
 
     def _rows(self, model: Transformer, view: View) -> Int[Tensor, "N"]:
         return self.forward.rows(model, view.weight > 0) if view.rows is None else view.rows
-
-
-def until_end(batch: Batch, spec: ModelSpec) -> Bool[Tensor, "B L"]:
-    """The answer up to its first end of text, that one included."""
-    ended = torch.zeros_like(batch.answer)
-    for eos in spec.eos_ids:
-        ended = ended | (batch.tokens == eos)
-    ended = ended & batch.answer
-    return batch.answer & (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
 
 
 def full_blocks(batch: Batch) -> Int[Tensor, "B L"]:

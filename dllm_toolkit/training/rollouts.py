@@ -168,12 +168,8 @@ def advantages(rewards: Float[Tensor, "P G"], baseline: Baseline = "mean", scale
 
 def counted_tokens(output: Output, answer_length: int, eos_ids: Sequence[int], after_end: bool) -> Bool[Tensor, "B L"]:
     """The answer's tokens that the decoder committed, up to the first end of text; behind it too if `after_end`."""
-    answer = Batch(output.canvas, output.begin, answer_length).answer
-    written = answer & (output.born >= 0)
-    if after_end:
-        return written
-    ended = torch.isin(output.canvas, torch.tensor(list(eos_ids), device=output.canvas.device)) & answer
-    return written & (ended.long().cumsum(1) - ended.long() == 0)
+    batch = Batch(output.canvas, output.begin, answer_length)
+    return (batch.answer if after_end else batch.text(eos_ids)) & (output.born >= 0)
 
 
 def collect(

@@ -40,6 +40,34 @@ class TrainError(ToolkitError):
     """A training run that cannot start."""
 
 
+def check_counts(settings: object, *names: str, least: int = 1) -> None:
+    """Raises TrainError for counts below `least`. None is no count."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise TrainError(f"{name} must be at least {least}, got {value}. It is a count. Write {name}: {least}.")
+
+
+def check_amounts(settings: object, *names: str) -> None:
+    """Raises TrainError for numbers that are not above 0. None is no number."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise TrainError(f"{name} must be above 0, got {value}. Nothing would be trained. Write {name}: 1.0.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises TrainError for a seed that generators do not take."""
+    if not 0 <= seed < 1 << 32:
+        raise TrainError(f"seed must lie in 0 .. 2^32 - 1, got {seed}. Generators take no other. Write seed: 0.")
+
+
+def check_device(accelerator: str) -> None:
+    """Raises TrainError if a GPU is asked for and none is there."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise TrainError("no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu.")
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """How long, where and how precisely to train. The run ends at max_steps or max_minutes, whichever comes first.
@@ -68,20 +96,14 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise TrainError("the run has no end, got neither max_steps nor max_minutes. Write trainer: {max_steps: 10000}.")
-        for name in ("devices", "accumulate", "log_every", "checkpoint_every", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
+        check_counts(self, "devices", "accumulate", "log_every", "checkpoint_every", "max_steps")
         if self.strategy not in STRATEGIES:
             raise TrainError(f"strategy has no such name, got {self.strategy!r}. Write one of {', '.join(STRATEGIES)}.")
         if self.strategy == "fsdp" and self.precision == "64-true":
             raise TrainError("precision 64-true is not there with strategy fsdp. Write precision: 32-true, or strategy: ddp.")
         if self.validate_every < 0:
             raise TrainError(f"validate_every must be 0 or more, got {self.validate_every}. 0: at the end. Write validate_every: 0.")
-        for name, example in (("max_minutes", 10), ("gradient_clip", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainError(f"{name} must be above 0, got {value}. Nothing would be trained. Write {name}: {example}, or null.")
+        check_amounts(self, "max_minutes", "gradient_clip")
 
 
 @dataclass(frozen=True)
@@ -142,8 +164,7 @@ class TrainRecipe:
         self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
-        if not 0 <= self.seed < 1 << 32:
-            raise TrainError(f"seed must lie in 0 .. 2^32 - 1, got {self.seed}. Generators take no other. Write seed: 0.")
+        check_seed(self.seed)
 
 
 def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
@@ -192,20 +213,34 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)
     validation = heldout.all_batches()
+    fit(trainer, module, Stream(train, lambda: module.batches), checkpoint, Fixed(validation))
+    _finish(recipe, built, trainer, module, train, validation)
+    return module
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None, validation: Any = None) -> None:
+    """Train from `checkpoint`, if there is one."""
     try:
-        trainer.fit(
-            module,
-            Stream(train, lambda: module.batches),
-            Fixed(validation),
-            ckpt_path=None if checkpoint is None else str(checkpoint),
-            weights_only=True,
-        )
+        trainer.fit(module, batches, validation, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except SystemExit:
         if trainer.interrupted:  # Lightning turns Ctrl-C into exit(1); the command line has its own way to end
             raise KeyboardInterrupt from None
         raise
-    _finish(recipe, built, trainer, module, train, validation)
-    return module
+
+
+def one_device(output: Path, accelerator: str, **settings: Any) -> pl.Trainer:
+    """A trainer on one device that logs into `output` and says nothing itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=TensorBoardLogger(save_dir=output, name="tensorboard", version=""),
+        default_root_dir=output,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
 
 
 def say(text: str, trainer: pl.Trainer | None = None) -> None:
@@ -260,17 +295,33 @@ def check_export(recipe: Recipe, where: Path | None) -> None:
             raise TrainError(f"{where} holds files that no training has exported (there is no card.json). Write another export:, or null.")
 
 
-def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
-    """The model as it is trained: checked against objective and data, with its adapter and the student's attention rule."""
-    model = built.model.build()
-    if not isinstance(model, Transformer):
-        raise TrainError(f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}.")
+def trainable(recipe: Recipe, source: Lazy[Model]) -> Transformer:
+    """The model, if it is one that can be trained. Raises TrainError."""
+    model = source.build()
     with _placed(recipe, "model"):
+        if not isinstance(model, Transformer):
+            raise TrainError(
+                f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}."
+            )
         if format_of(model) is not None:
             raise TrainError(
                 f"only exact weights are trained, got a model with weights: {format_of(model)}. Rounding has no gradients. "
                 "Leave weights: out."
             )
+    return model
+
+
+def adapt(recipe: Recipe, model: Transformer, lora: Lora, source: Lazy[Model], seed: int) -> Transformer:
+    """The model with a fresh adapter, whose configuration names the frozen checkpoint as the recipe does (`asset:teacher`, a hub id)."""
+    path = source.tree.get("path") if isinstance(source.tree, dict) else None
+    with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
+        torch.manual_seed(seed)
+        return inject(model, lora, base="" if path is None else str(path))
+
+
+def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
+    """The model as it is trained: checked against objective and data, with its adapter and the student's attention rule."""
+    model = trainable(recipe, built.model)
     with _placed(recipe, "objective"):
         built.objective.check(model)
     with _placed(recipe, "data"):
@@ -288,9 +339,7 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
     if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
         model.with_attention(*rule)
     if built.lora is not None:
-        with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
-            torch.manual_seed(built.seed)
-            inject(model, built.lora, base=_base_name(built))
+        adapt(recipe, model, built.lora, built.model, built.seed)
     for number, callback in enumerate(built.callbacks):
         if isinstance(callback, DecodeWhileTraining):
             with _placed(recipe, "callbacks", str(number)):
@@ -318,12 +367,6 @@ def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transf
                 f"{teacher.spec.attention!r}. Write a teacher trained with objective: masked_diffusion."
             )
     return teacher.float().eval().requires_grad_(False)
-
-
-def _base_name(built: TrainRecipe) -> str:
-    """How the recipe names the frozen checkpoint (`asset:teacher`, a hub id), for adapter_config.json."""
-    path = built.model.tree.get("path") if isinstance(built.model.tree, dict) else None
-    return str(path) if path is not None else ""
 
 
 def _resumed_step(checkpoint: Path | None) -> int | None:

@@ -22,7 +22,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Layout, Seen, single
-from dllm_toolkit.training.objectives import ObjectiveError, until_end
+from dllm_toolkit.training.objectives import ObjectiveError
 from dllm_toolkit.training.terms import CrossEntropy
 from dllm_toolkit.types import ModelSpec
 
@@ -62,7 +62,7 @@ class Continuation(Composed):
             raise ObjectiveError(f"separator must be no mask and no end of text, got {self.separator}. Write another id, or null.")
 
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
-        rows, answer, text = len(batch.tokens), batch.answer_length, until_end(batch, spec)
+        rows, answer, text = len(batch.tokens), batch.answer_length, batch.text(spec.eos_ids)
         begin = (corrupt.draw((rows, 1), generator) * text.sum(1, keepdim=True)).long()
         cut = begin + corrupt.count_from_level(corrupt.draw((rows, 1), generator), (answer - begin).clamp(max=self.longest or answer))
         offset = torch.arange(batch.tokens.shape[1], device=begin.device) - batch.prompt_length.unsqueeze(1)
