@@ -34,6 +34,7 @@ from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.training.callbacks import cut_log
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.estimators import Views, packed, score
@@ -273,11 +274,7 @@ class PolicyModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["dllm_toolkit"]
         self.iteration, self.elapsed, self.counts = own["iteration"], own["elapsed"], own["counts"]
-        log = self.built.output / "metrics.jsonl"
-        if log.is_file():  # what lies beyond the checkpoint is done and logged again
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        cut_log(self.built.output / "metrics.jsonl", "iteration", self.iteration)
 
 
 class Endless:
