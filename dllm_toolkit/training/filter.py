@@ -36,7 +36,7 @@ from dllm_toolkit.training.data import Data, Source
 from dllm_toolkit.training.export import write_training_card
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.oracle import Examples, joined, oracle_examples
-from dllm_toolkit.training.run import TrainError, check_counts, check_device, check_export, claim, one_device, owned, say
+from dllm_toolkit.training.shared import TrainError, check_counts, check_device, check_export, claim, one_device, owned, say
 
 
 class FilterNetwork(nn.Module):

@@ -34,6 +34,7 @@ from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import cut_log
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
@@ -43,22 +44,7 @@ from dllm_toolkit.training.lora import Lora, adapter_off
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.rollouts import Pool, Reward, Rollouts, collect
-from dllm_toolkit.training.run import (
-    TrainError,
-    _placed,
-    adapt,
-    check_amounts,
-    check_counts,
-    check_device,
-    check_export,
-    check_seed,
-    claim,
-    fit,
-    one_device,
-    owned,
-    say,
-    trainable,
-)  # fmt: skip
+from dllm_toolkit.training.shared import TrainError, placed, say
 from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
 
 _ROLLOUT, _VIEWS = 3, 4
@@ -79,8 +65,8 @@ class Sampling:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, "problems", "max_new_tokens")
-        check_counts(self, "group", least=2)
+        shared.check_counts(self, "problems", "max_new_tokens")
+        shared.check_counts(self, "group", least=2)
 
 
 @dataclass(frozen=True)
@@ -102,9 +88,9 @@ class PolicyTrainer:
     def __post_init__(self) -> None:
         if self.iterations is None and self.max_minutes is None:
             raise TrainError("the run has no end, got neither iterations nor max_minutes. Write trainer: {iterations: 100}.")
-        check_counts(self, "iterations", "sequences", "log_every", "checkpoint_every")
-        check_amounts(self, "max_minutes", "gradient_clip")
-        check_device(self.accelerator)
+        shared.check_counts(self, "iterations", "sequences", "log_every", "checkpoint_every")
+        shared.check_amounts(self, "max_minutes", "gradient_clip")
+        shared.check_device(self.accelerator)
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ class PolicyRecipe:
                 f"with lora the reference is the model without its adapter and cannot follow, got sync_every={self.policy.sync_every}. "
                 "Write sync_every: null in the policy."
             )
-        check_seed(self.seed)
+        shared.check_seed(self.seed)
 
 
 class PolicyModule(pl.LightningModule):
@@ -289,24 +275,24 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
 
     Raises TrainError if `output` belongs to another recipe, or if no rollout of the whole run taught anything.
     """
-    checkpoint = owned(built.output, recipe)
-    check_export(recipe, built.export)
+    checkpoint = shared.owned(built.output, recipe)
+    shared.check_export(recipe, built.export)
     device = torch.device("cuda" if built.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     model, pool = _prepare(recipe, built)
     judge = None
     if built.evaluation is not None:
-        with _placed(recipe, "evaluation"):
+        with placed(recipe, "evaluation"):
             check(model.spec, built.evaluation.decoder, built.evaluation.cache)
             judge = Pool(built.evaluation.task, model, built.rollouts.max_new_tokens)
-    claim(built.output, recipe)
+    shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     module = PolicyModule(model.to(device), built, pool)
     earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
-    trainer = one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
+    trainer = shared.one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose
-        fit(trainer, module, Endless(), checkpoint)
+        shared.fit(trainer, module, Endless(), checkpoint)
     trainer.save_checkpoint(built.output / "last.ckpt")
     _finish(recipe, built, module.to(device), judge, earlier)
     return module
@@ -314,17 +300,17 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
 
 def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     """The model as it is trained, and the prompts; everything that can be refused is refused here."""
-    model = trainable(recipe, built.model)
-    with _placed(recipe, "decoder"):
+    model = shared.trainable(recipe, built.model)
+    with placed(recipe, "decoder"):
         check(model.spec, built.decoder, built.cache)
-    with _placed(recipe, "policy"):
+    with placed(recipe, "policy"):
         built.policy.check(model.spec, built.decoder)
-    with _placed(recipe, "task"):
+    with placed(recipe, "task"):
         pool = Pool(built.task, model, built.rollouts.max_new_tokens)
         pool.draw(0, built.rollouts.problems, built.seed)
     model.float().eval().requires_grad_(True)
     if built.lora is not None:
-        adapt(recipe, model, built.lora, built.model, built.seed).eval()
+        shared.adapt(recipe, model, built.lora, built.model, built.seed).eval()
     return model, pool
 
 
