@@ -55,7 +55,8 @@ class ExternalVerify(Driver):
 
     drafter: the model that drafts; same vocabulary. draft_length: the most tokens drafted in a round. draft: a decoder that drafts in up
     to `draft_steps` steps; null drafts everything from one forward, which is the paper's way. draft_canvas: the masks that the drafter
-    sees, up to the end of the `answer` (how LLaDA was trained), or the drafted `window` only. draft_cache: the drafter's K/V reuse.
+    sees, up to the end of the `answer` (how LLaDA was trained), or the drafted `window` only. separator: id of the token that it sees
+    behind the window, if it was trained with one (objective deer_continuation). draft_cache: the drafter's K/V reuse.
 
     The configuration's decoder is `autoregressive`; its temperature, top_p and top_k hold for the target and for a one-forward draft.
     Forwards (nfe) and lanes count both models; `target_forwards`, `draft_forwards`, `target_lanes`, `draft_lanes`, `drafted` and
@@ -73,6 +74,7 @@ class ExternalVerify(Driver):
     draft: Decoder | None = None
     draft_steps: int = 1
     draft_canvas: Literal["answer", "window"] = "answer"
+    separator: int | None = None
     draft_cache: Cache = field(default_factory=NoCache)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,11 @@ class ExternalVerify(Driver):
             raise DecodeError(
                 f"draft_steps counts steps of the decoder under draft, got {self.draft_steps} and no draft. One forward drafts everything. "
                 "Write draft: {_component_: fast_dllm}, or leave draft_steps out."
+            )
+        if self.separator is not None and self.draft_canvas != "window":
+            raise DecodeError(
+                f"a separator stands behind the drafted window, got {self.separator} and draft_canvas={self.draft_canvas}. There "
+                "masks go on. Write draft_canvas: window."
             )
 
     def check(self, model: Model, decoder: Decoder, cache: Cache) -> None:
@@ -104,6 +111,11 @@ class ExternalVerify(Driver):
                     )
         else:
             check(drafter.spec, self.draft, self.draft_cache)
+        if self.separator is not None and not 0 <= self.separator < drafter.spec.vocab_size:
+            raise DecodeError(
+                f"separator is an id outside the vocabulary, got {self.separator} with {drafter.spec.vocab_size} rows. The drafter reads "
+                "it. Write the separator that it was trained with."
+            )
         _same_vocabulary(model, drafter)
 
     def run(
@@ -176,9 +188,11 @@ class _Rounds:
         window = state.masked & (state.positions >= place.unsqueeze(1)) & (state.positions < (place + limit).unsqueeze(1))
         end = state.end if driver.draft_canvas == "answer" else torch.minimum(state.end, place + limit)
         masked = state.masked & (state.positions < end.unsqueeze(1))
+        behind = spec.pad_id if driver.separator is None else driver.separator
+        end = end if driver.separator is None else end + 1  # the place of the round's own token, so there always is one
         view = replace(
             state,
-            tokens=torch.where(masked, spec.mask_id, state.tokens.masked_fill(state.masked, spec.pad_id)),
+            tokens=torch.where(masked, spec.mask_id, state.tokens.masked_fill(state.masked, behind)),
             masked=masked,
             fixed=~masked,
             end=end,

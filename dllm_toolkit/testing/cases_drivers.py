@@ -16,6 +16,7 @@ from dllm_toolkit.drivers.staged import Stage, Staged
 from dllm_toolkit.testing.case import Case, Knob
 
 _COARSE = Stage(semi_ar(2), max_new_tokens=3, append=(5,))
+_WINDOW = {"draft_canvas": "window"}
 _IN_STEPS = {"draft": fast_dllm(4, threshold=0.6)}
 
 DRIVERS = (
@@ -31,6 +32,7 @@ DRIVERS = (
             "draft": Knob(semi_ar(4)),
             "draft_steps": Knob(3, _IN_STEPS),
             "draft_canvas": Knob("window"),
+            "separator": Knob(7, _WINDOW),
             "draft_cache": Knob(DualCache(), _IN_STEPS),
         },
     ),

@@ -28,6 +28,16 @@ from dllm_toolkit.types import ModelSpec
 declare("callback", pl.Callback)
 
 
+def cut_log(path: Path, counter: str, last: int) -> None:
+    """Drop what a log of JSON lines has beyond the checkpoint of a resumed run, `last` of `counter`: it is done and logged again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # A kill may cut the last line in half; a line that is no JSON was never a measurement.
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)[counter] <= last]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
 class Throughput(pl.Callback):
     """Every `every` steps: loss, gradient norm, learning rate, samples and tokens per second to TensorBoard, metrics.jsonl and stderr.
 
@@ -43,12 +53,8 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mark = None
         self._measured = trainer.global_step
-        if not trainer.is_global_zero or not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        # A kill may cut the last line in half; a line that is no JSON was never a measurement.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if trainer.is_global_zero:
+            cut_log(self.path, "step", trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         assert isinstance(pl_module, DiffusionModule)

@@ -16,6 +16,7 @@ Reference: LLaDA (arXiv 2502.09992); D2F (arXiv 2508.09192).
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +51,14 @@ class Batch(NamedTuple):
         """Prompt and answer: what attention may see. Padding to the right of the answer never exists when decoding."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return position < self.prompt_length.unsqueeze(1) + self.answer_length
+
+    def text(self, eos_ids: Iterable[int]) -> Bool[Tensor, "B L"]:
+        """The answer up to its first end of text, that one included."""
+        answer = self.answer
+        ended = torch.zeros_like(answer)
+        for eos in eos_ids:
+            ended = ended | (answer & (self.tokens == eos))
+        return answer & (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
 
 
 class Corruption(NamedTuple):
@@ -156,16 +165,15 @@ class ActiveBlock(Corruptor):
         return Corruption(hidden | after, weight + self.rest * after)
 
 
-def _by_block(batch: Batch, block_length: int, levels: Float[Tensor, "B N"], generator: torch.Generator) -> Corruption:
-    """Bernoulli masks at each block's level, weight 1 / level."""
+def _by_block(
+    batch: Batch, block_length: int, generator: torch.Generator, levels: Callable[..., Float[Tensor, "B N"]], **interval: float
+) -> Corruption:
+    """Bernoulli masks at each block's level, weight 1 / level. levels: draws them for so many rows and blocks."""
+    blocks = -(-batch.answer_length // block_length)
     block = answer_blocks(batch.prompt_length, batch.tokens.shape[1], block_length)
-    level = corrupt.spread(levels, block)
+    level = corrupt.spread(levels(len(batch.tokens), blocks, generator, **interval), block)
     masked = corrupt.bernoulli(level, batch.answer, generator)
     return Corruption(masked, masked / torch.where(masked, level, 1.0))
-
-
-def _block_count(batch: Batch, block_length: int) -> int:
-    return -(-batch.answer_length // block_length)
 
 
 def _check_block_length(block_length: int) -> None:
@@ -193,9 +201,7 @@ class Monotone(Corruptor):
         corrupt.check_interval(self.minimum, self.maximum)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
-        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
-        levels = corrupt.monotone_levels(rows, blocks, generator, minimum=self.minimum, maximum=self.maximum)
-        return _by_block(batch, self.block_length, levels, generator)
+        return _by_block(batch, self.block_length, generator, corrupt.monotone_levels, minimum=self.minimum, maximum=self.maximum)
 
 
 @register("corruptor", "independent")
@@ -212,9 +218,7 @@ class Independent(Corruptor):
         corrupt.check_interval(self.minimum, self.maximum)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
-        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
-        levels = corrupt.independent_levels(rows, blocks, generator, minimum=self.minimum, maximum=self.maximum)
-        return _by_block(batch, self.block_length, levels, generator)
+        return _by_block(batch, self.block_length, generator, corrupt.independent_levels, minimum=self.minimum, maximum=self.maximum)
 
 
 @register("corruptor", "pipelined")
@@ -234,9 +238,7 @@ class Pipelined(Corruptor):
         corrupt.check_interval(self.minimum, 1.0)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
-        rows, blocks = batch.tokens.shape[0], _block_count(batch, self.block_length)
-        levels = corrupt.pipelined_levels(rows, blocks, generator, span=self.span, minimum=self.minimum)
-        return _by_block(batch, self.block_length, levels, generator)
+        return _by_block(batch, self.block_length, generator, corrupt.pipelined_levels, span=self.span, minimum=self.minimum)
 
 
 @register("corruptor", "mixture")

@@ -28,7 +28,7 @@ from torch import Tensor
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import corrupt
-from dllm_toolkit.ops.masks import absolute_blocks, answer_blocks, block_causal
+from dllm_toolkit.ops.masks import absolute_blocks, answer_blocks, block_causal, block_diffusion
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.objectives import full_allow, wide
 from dllm_toolkit.training.rollouts import Rollouts
@@ -138,14 +138,27 @@ def groups_of_steps(born: Int[Tensor, "B L"], counted: Bool[Tensor, "B L"], shri
     return torch.where(counted, rank.gather(1, born.clamp(min=0)).div(shrink, rounding_mode="floor"), -1)
 
 
-def _check_shrink(shrink: int) -> None:
-    if shrink < 1:
-        raise PolicyError(f"shrink must be at least 1, got {shrink}. So many steps of the decoder become one view. Write shrink: 1.")
+@dataclass(frozen=True)
+class _Steps(Estimator):
+    """The decoder's own states, `shrink` consecutive steps in each."""
+
+    needs_trace = True
+    shrink: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shrink < 1:
+            raise PolicyError(f"shrink must be at least 1, got {self.shrink}. So many steps become one view. Write shrink: 1.")
+
+    def states(self, rollouts: Rollouts, group: Int[Tensor, "B L"], spec: ModelSpec, doubled: bool = False) -> Views:
+        """View v is what stood before group v was decided, and asks for it. What nobody decided (-1, fill) was masked throughout."""
+        number = torch.arange(int(group.max()) + 1, device=group.device).view(-1, 1, 1)
+        masked = rollouts.batch.answer & ((group >= number) | (group < 0))
+        return Views(rollouts.decided.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float(), doubled)
 
 
 @register("estimator", "trajectory")
 @dataclass(frozen=True)
-class Trajectory(Estimator):
+class Trajectory(_Steps):
     """The decoder's own states: view s has masks where it had them before step s, and scores the tokens that were born in it.
 
     With shrink 1 these are the conditionals that the answer was sampled from, at one forward a step; `shrink` consecutive steps share a
@@ -154,37 +167,21 @@ class Trajectory(Estimator):
     References: CJ-GRPO, arXiv 2509.23924; TraceRL, arXiv 2509.06949.
     """
 
-    needs_trace = True
-    shrink: int = 1
-
-    def __post_init__(self) -> None:
-        _check_shrink(self.shrink)
-
     def views(self, rollouts: Rollouts, spec: ModelSpec, generator: torch.Generator) -> Views:
         # Steps are numbered over all that was decided, also behind the end of text: the model saw those tokens.
-        answer = rollouts.batch.answer
-        group = groups_of_steps(rollouts.born, answer & (rollouts.born >= 0), self.shrink)
-        number = torch.arange(int(group.max()) + 1, device=group.device).view(-1, 1, 1)
-        # What nobody decided (fill behind the end) was masked for as long as the row was decoded.
-        masked = answer & ((group >= number) | (group < 0))
-        return Views(rollouts.decided.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float())
+        decided = rollouts.batch.answer & (rollouts.born >= 0)
+        return self.states(rollouts, groups_of_steps(rollouts.born, decided, self.shrink), spec)
 
 
 @register("estimator", "rounds")
 @dataclass(frozen=True)
-class Rounds(Estimator):
+class Rounds(_Steps):
     """The decoder's own states of a block-causal model: in view j every block stands before its j-th step, behind clean blocks.
 
     As exact as `trajectory` for decoders that finish a block before they begin the next, with at most block_size / shrink views.
 
     Reference: TraceRL, arXiv 2509.06949.
     """
-
-    needs_trace = True
-    shrink: int = 1
-
-    def __post_init__(self) -> None:
-        _check_shrink(self.shrink)
 
     def check(self, spec: ModelSpec) -> None:
         if spec.attention != "block_causal" or spec.shift:
@@ -199,9 +196,7 @@ class Rounds(Estimator):
         for one in range(int(block.min()), int(block[answer].max()) + 1):
             here = answer & (block == one) & (rollouts.born >= 0)
             group = torch.where(here, groups_of_steps(rollouts.born, here, self.shrink), group)
-        number = torch.arange(int(group.max()) + 1, device=group.device).view(-1, 1, 1)
-        masked = answer & ((group >= number) | (group < 0))
-        return Views(rollouts.decided.masked_fill(masked, spec.mask_id), (rollouts.counted & (group == number)).float(), doubled=True)
+        return self.states(rollouts, group, spec, doubled=True)
 
 
 def blocks_of(rollouts: Rollouts, spec: ModelSpec) -> Int[Tensor, "B L"]:
@@ -223,16 +218,9 @@ def view_logits(model: Transformer, seen: Int[Tensor, "B L"], rollouts: Rollouts
         return model.logits(seen, allow.tril() if model.spec.attention == "causal" else allow)
     length = seen.shape[1]
     block, place = blocks_of(rollouts, model.spec), torch.arange(length, device=seen.device)
-    # view:   its own block, and the clean blocks before it          q\k   1 1 2 2   1 1 2 2
-    # clean:  the clean blocks up to its own                         1     x x . .   . . . .
-    #                                                                2     . . x x   x x . .
-    #                                                                clean . . . .   x x x .
-    query, key = block.unsqueeze(2), block.unsqueeze(1)
-    above = torch.cat((query == key, key < query), dim=2)
-    below = torch.cat((torch.zeros_like(query == key), key <= query), dim=2)
-    allow = torch.cat((above, below), dim=1)
-    both = torch.cat((seen, rollouts.tokens), dim=1)
-    return model.logits(both, allow, torch.cat((place, place)).expand_as(both))[:, :length]
+    both, places = torch.cat((seen, rollouts.tokens), dim=1), torch.cat((place, place))
+    allow = block_diffusion(torch.cat((block, block), dim=1), (torch.arange(2 * length, device=seen.device) >= length).expand_as(both))
+    return model.logits(both, allow, places.expand_as(both))[:, :length]
 
 
 def score(model: Transformer, rollouts: Rollouts, views: Views, rows: slice = slice(None)) -> Float[Tensor, "B L"]:

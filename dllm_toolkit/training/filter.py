@@ -14,7 +14,6 @@ Reference: Learn2PD, arXiv 2509.25188: 2,640 prompts, AdamW at 3e-3, 40,000 step
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ from dllm_toolkit.training.data import Data, Source
 from dllm_toolkit.training.export import write_training_card
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.oracle import Examples, joined, oracle_examples
-from dllm_toolkit.training.run import TrainError, check_export, claim, owned, say
+from dllm_toolkit.training.shared import TrainError, check_counts, check_device, check_export, claim, one_device, owned, say
 
 
 class FilterNetwork(nn.Module):
@@ -106,11 +104,8 @@ class FilterTrainer:
     validate_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "validate_every"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}. It counts steps. Write {name}: 100.")
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise TrainError("no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu.")
+        check_counts(self, "max_steps", "validate_every")
+        check_device(self.accelerator)
 
 
 @dataclass(frozen=True)
@@ -149,9 +144,7 @@ class FilterModule(pl.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Examples, batch_idx: int) -> None:
-        factor = self.built.schedule.factor(self.global_step, self.global_step / self.built.trainer.max_steps)
-        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = group["initial_lr"] * factor
+        self.built.schedule.set(self.optimizers(), self.global_step, self.global_step / self.built.trainer.max_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Examples, batch_idx: int) -> None:
         step, settings = self.global_step, self.built.trainer
@@ -173,10 +166,7 @@ class FilterModule(pl.LightningModule):
         return float(filter_loss(self.network(heldout.confidence), heldout, self.built.filter.masked_only))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.built.optimizer.build(self.network.named_parameters(), self.device)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        return optimizer
+        return self.built.optimizer.begin(self.network.named_parameters(), self.device)
 
 
 class Whole:
@@ -216,18 +206,7 @@ def run_filter_training(recipe: Recipe, built: FilterRecipe) -> Filter:
         torch.manual_seed(built.seed)
         network = FilterNetwork(settings.block_length, settings.layers, settings.hidden or settings.block_length, settings.activation)
     module = FilterModule(built, network, heldout)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = pl.Trainer(
-        max_steps=built.trainer.max_steps,
-        accelerator=built.trainer.accelerator,
-        devices=1,
-        logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version=""),
-        default_root_dir=built.output,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    trainer = one_device(built.output, built.trainer.accelerator, max_steps=built.trainer.max_steps, log_every_n_steps=1)
     trainer.fit(module, Whole(train))
     assert module.best is not None
     loss, step, weights = module.best

@@ -319,13 +319,7 @@ class Autoregressive(Objective):
 
     def _weight(self, spec: ModelSpec, batch: Batch, view: View) -> Float[Tensor, "B L"]:
         """1 at the positions that count."""
-        if self.padding:
-            return view.weight
-        ended = torch.zeros_like(batch.answer)
-        for eos in spec.eos_ids:
-            ended = ended | (batch.tokens == eos)
-        ended = ended & batch.answer
-        return view.weight * (ended.cumsum(1) - ended.long() == 0)  # nothing ended before this position
+        return view.weight if self.padding else view.weight * batch.text(spec.eos_ids)
 
 
 @register("objective", "d2f")

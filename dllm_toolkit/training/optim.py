@@ -9,6 +9,7 @@ import abc
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,13 @@ class OptimizerRecipe(abc.ABC):
     def build(self, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> torch.optim.Optimizer:
         """The optimiser over the trainable ones of `parameters`."""
 
+    def begin(self, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> torch.optim.Optimizer:
+        """`build`, with each group's rate kept where `LearningRate.set` finds it."""
+        optimizer = self.build(parameters, device)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
 
 class LearningRate(abc.ABC):
     """A factor on the optimiser's learning rate."""
@@ -31,6 +39,11 @@ class LearningRate(abc.ABC):
     @abc.abstractmethod
     def factor(self, step: int, progress: float) -> float:
         """Factor for optimiser step `step` (from 0) when a share `progress` in [0, 1] of the run is over."""
+
+    def set(self, optimizer: Any, step: int, progress: float) -> None:
+        """Give the groups of an optimiser their rates for this step."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.factor(step, progress)
 
 
 declare("optimizer", OptimizerRecipe)

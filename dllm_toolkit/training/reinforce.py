@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dllm_toolkit.cache.base import Cache
@@ -34,18 +32,19 @@ from dllm_toolkit.cache.policies import NoCache
 from dllm_toolkit.decoders.base import Decoder, check
 from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.models.base import Model
-from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.training import shared
+from dllm_toolkit.training.callbacks import cut_log
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.estimators import Views, packed, score
 from dllm_toolkit.training.export import export, write_training_card
-from dllm_toolkit.training.lora import Lora, adapter_off, inject
+from dllm_toolkit.training.lora import Lora, adapter_off
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.rollouts import Pool, Reward, Rollouts, collect
-from dllm_toolkit.training.run import TrainError, _placed, check_export, claim, owned, say
+from dllm_toolkit.training.shared import TrainError, placed, say
 from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
 
 _ROLLOUT, _VIEWS = 3, 4
@@ -66,9 +65,8 @@ class Sampling:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("problems", 1), ("group", 2), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise TrainError(f"{name} must be at least {least}, got {getattr(self, name)}. It is a count. Write {name}: {least}.")
+        shared.check_counts(self, "problems", "max_new_tokens")
+        shared.check_counts(self, "group", least=2)
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,9 @@ class PolicyTrainer:
     def __post_init__(self) -> None:
         if self.iterations is None and self.max_minutes is None:
             raise TrainError("the run has no end, got neither iterations nor max_minutes. Write trainer: {iterations: 100}.")
-        for name in ("iterations", "sequences", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
-        for name in ("max_minutes", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainError(f"{name} must be above 0, got {value}. Nothing would be trained. Write {name}: 1.0.")
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise TrainError("no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu.")
+        shared.check_counts(self, "iterations", "sequences", "log_every", "checkpoint_every")
+        shared.check_amounts(self, "max_minutes", "gradient_clip")
+        shared.check_device(self.accelerator)
 
 
 @dataclass(frozen=True)
@@ -133,8 +124,7 @@ class PolicyRecipe:
                 f"with lora the reference is the model without its adapter and cannot follow, got sync_every={self.policy.sync_every}. "
                 "Write sync_every: null in the policy."
             )
-        if not 0 <= self.seed < 1 << 32:
-            raise TrainError(f"seed must lie in 0 .. 2^32 - 1, got {self.seed}. Generators take no other. Write seed: 0.")
+        shared.check_seed(self.seed)
 
 
 class PolicyModule(pl.LightningModule):
@@ -166,10 +156,7 @@ class PolicyModule(pl.LightningModule):
         return min(1.0, max(steps, minutes))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.built.optimizer.build(self.model.named_parameters(), self.device)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        return optimizer
+        return self.built.optimizer.begin(self.model.named_parameters(), self.device)
 
     def on_train_start(self) -> None:
         self.train(False)
@@ -246,8 +233,7 @@ class PolicyModule(pl.LightningModule):
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self.built.trainer.gradient_clip, foreach=True))
         finite = norm - norm == 0.0  # neither infinite nor NaN
         if finite:
-            for group in optimizer.param_groups:  # type: ignore[union-attr]
-                group["lr"] = group["initial_lr"] * self.built.schedule.factor(self.counts["updates"], self.progress)
+            self.built.schedule.set(optimizer, self.counts["updates"], self.progress)
             optimizer.step()  # type: ignore[union-attr]
         self.counts["updates" if finite else "skipped_updates"] += 1
         loss, k3, clipped = totals.tolist()
@@ -274,11 +260,7 @@ class PolicyModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["dllm_toolkit"]
         self.iteration, self.elapsed, self.counts = own["iteration"], own["elapsed"], own["counts"]
-        log = self.built.output / "metrics.jsonl"
-        if log.is_file():  # what lies beyond the checkpoint is done and logged again
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        cut_log(self.built.output / "metrics.jsonl", "iteration", self.iteration)
 
 
 class Endless:
@@ -293,40 +275,24 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
 
     Raises TrainError if `output` belongs to another recipe, or if no rollout of the whole run taught anything.
     """
-    checkpoint = owned(built.output, recipe)
-    check_export(recipe, built.export)
+    checkpoint = shared.owned(built.output, recipe)
+    shared.check_export(recipe, built.export)
     device = torch.device("cuda" if built.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     model, pool = _prepare(recipe, built)
     judge = None
     if built.evaluation is not None:
-        with _placed(recipe, "evaluation"):
+        with placed(recipe, "evaluation"):
             check(model.spec, built.evaluation.decoder, built.evaluation.cache)
             judge = Pool(built.evaluation.task, model, built.rollouts.max_new_tokens)
-    claim(built.output, recipe)
+    shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     module = PolicyModule(model.to(device), built, pool)
     earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = pl.Trainer(
-        max_epochs=-1,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version=""),
-        default_root_dir=built.output,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    path = None if checkpoint is None else str(checkpoint)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose
-            trainer.fit(module, Endless(), ckpt_path=path, weights_only=True)
-    except SystemExit:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into exit(1); the command line has its own way to end
-            raise KeyboardInterrupt from None
-        raise
+    trainer = shared.one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose
+        shared.fit(trainer, module, Endless(), checkpoint)
     trainer.save_checkpoint(built.output / "last.ckpt")
     _finish(recipe, built, module.to(device), judge, earlier)
     return module
@@ -334,23 +300,17 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
 
 def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     """The model as it is trained, and the prompts; everything that can be refused is refused here."""
-    model = built.model.build()
-    if not isinstance(model, Transformer) or format_of(model) is not None:
-        what = type(model).__name__ if not isinstance(model, Transformer) else f"weights: {format_of(model)}"
-        raise TrainError(recipe.at(("model",), f"only the native Transformer with exact weights is trained, got {what}. Load another one."))
-    with _placed(recipe, "decoder"):
+    model = shared.trainable(recipe, built.model)
+    with placed(recipe, "decoder"):
         check(model.spec, built.decoder, built.cache)
-    with _placed(recipe, "policy"):
+    with placed(recipe, "policy"):
         built.policy.check(model.spec, built.decoder)
-    with _placed(recipe, "task"):
+    with placed(recipe, "task"):
         pool = Pool(built.task, model, built.rollouts.max_new_tokens)
         pool.draw(0, built.rollouts.problems, built.seed)
     model.float().eval().requires_grad_(True)
     if built.lora is not None:
-        base = built.model.tree.get("path", "") if isinstance(built.model.tree, dict) else ""
-        with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
-            torch.manual_seed(built.seed)
-            inject(model, built.lora, base=str(base)).eval()
+        shared.adapt(recipe, model, built.lora, built.model, built.seed).eval()
     return model, pool
 
 

@@ -166,16 +166,6 @@ def advantages(rewards: Float[Tensor, "P G"], baseline: Baseline = "mean", scale
     return centred * size / (size - 1) if baseline == "leave_one_out" else centred
 
 
-def counted_tokens(output: Output, answer_length: int, eos_ids: Sequence[int], after_end: bool) -> Bool[Tensor, "B L"]:
-    """The answer's tokens that the decoder committed, up to the first end of text; behind it too if `after_end`."""
-    answer = Batch(output.canvas, output.begin, answer_length).answer
-    written = answer & (output.born >= 0)
-    if after_end:
-        return written
-    ended = torch.isin(output.canvas, torch.tensor(list(eos_ids), device=output.canvas.device)) & answer
-    return written & (ended.long().cumsum(1) - ended.long() == 0)
-
-
 def collect(
     model: Any,
     pool: Pool,
@@ -220,8 +210,9 @@ def collect(
 def rollouts_of(
     output: Output, diary: Diary, answer_length: int, eos_ids: Sequence[int], advantage: Float[Tensor, "B"], after_end: bool = False
 ) -> Rollouts:
-    """A decode with its diary, as rollouts."""
-    counted = counted_tokens(output, answer_length, eos_ids, after_end)
+    """A decode with its diary, as rollouts. What learns is what the decoder committed up to the first end of text, or behind it too."""
+    batch = Batch(output.canvas, output.begin, answer_length)
+    counted = (batch.answer if after_end else batch.text(eos_ids)) & (output.born >= 0)
     # Copies: what inference mode made cannot be part of a graph.
     tokens, begin, decided, born, counted = (
         one.clone() for one in (output.canvas, output.begin, diary.tokens, diary.born, counted)

@@ -1,12 +1,9 @@
-"""`dllm-toolkit train recipe.yaml`: build, resume, fit, export, card. Long because every refusal of a recipe is here, before any work."""
+"""`dllm-toolkit train recipe.yaml`: build, resume, fit, export, card. Everything that can be refused is refused before any work."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,24 +17,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.evaluation.processes import ALONE, announced
 from dllm_toolkit.models.base import Model
-from dllm_toolkit.models.eight_bit import format_of
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
+from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
 from dllm_toolkit.training.export import export, write_training_card
-from dllm_toolkit.training.lora import Lora, inject
+from dllm_toolkit.training.lora import Lora
 from dllm_toolkit.training.module import DiffusionModule
 from dllm_toolkit.training.objectives import D2FDistillation, Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
+from dllm_toolkit.training.shared import TrainError, placed, say
 from dllm_toolkit.training.split import Split
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
-
-
-class TrainError(ToolkitError):
-    """A training run that cannot start."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +62,14 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise TrainError("the run has no end, got neither max_steps nor max_minutes. Write trainer: {max_steps: 10000}.")
-        for name in ("devices", "accumulate", "log_every", "checkpoint_every", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrainError(f"{name} must be at least 1, got {value}. It is a count. Write {name}: 1.")
+        shared.check_counts(self, "devices", "accumulate", "log_every", "checkpoint_every", "max_steps")
         if self.strategy not in STRATEGIES:
             raise TrainError(f"strategy has no such name, got {self.strategy!r}. Write one of {', '.join(STRATEGIES)}.")
         if self.strategy == "fsdp" and self.precision == "64-true":
             raise TrainError("precision 64-true is not there with strategy fsdp. Write precision: 32-true, or strategy: ddp.")
         if self.validate_every < 0:
             raise TrainError(f"validate_every must be 0 or more, got {self.validate_every}. 0: at the end. Write validate_every: 0.")
-        for name, example in (("max_minutes", 10), ("gradient_clip", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainError(f"{name} must be above 0, got {value}. Nothing would be trained. Write {name}: {example}, or null.")
+        shared.check_amounts(self, "max_minutes", "gradient_clip")
 
 
 @dataclass(frozen=True)
@@ -142,8 +130,7 @@ class TrainRecipe:
         self.objective.check_rows(self.data.answer_lengths)
         if self.ema is not None and not 0.0 <= self.ema < 1.0:
             raise TrainError(f"ema must lie in [0, 1), got {self.ema}. It is the share of the old average. Write ema: 0.999.")
-        if not 0 <= self.seed < 1 << 32:
-            raise TrainError(f"seed must lie in 0 .. 2^32 - 1, got {self.seed}. Generators take no other. Write seed: 0.")
+        shared.check_seed(self.seed)
 
 
 def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
@@ -152,8 +139,8 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     Raises TrainError if `output` belongs to another recipe (nothing is overwritten).
     """
     settings = built.trainer
-    checkpoint = owned(built.output, recipe)
-    check_export(recipe, built.export)
+    checkpoint = shared.owned(built.output, recipe)
+    shared.check_export(recipe, built.export)
     model = _prepare(recipe, built)
     teacher = _teacher(recipe, built, model)
     trainer = _trainer(recipe, built, checkpoint)
@@ -164,7 +151,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
             "trainer, or give its terms instead."
         )
     if trainer.is_global_zero:
-        claim(built.output, recipe)
+        shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
@@ -194,88 +181,17 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)
     validation = heldout.all_batches()
-    try:
-        trainer.fit(
-            module,
-            Stream(train, lambda: module.batches),
-            Fixed(validation),
-            ckpt_path=None if checkpoint is None else str(checkpoint),
-            weights_only=True,
-        )
-    except SystemExit:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into exit(1); the command line has its own way to end
-            raise KeyboardInterrupt from None
-        raise
+    shared.fit(trainer, module, Stream(train, lambda: module.batches), checkpoint, Fixed(validation))
     _finish(recipe, built, trainer, module, train, validation)
     return module
 
 
-def say(text: str, trainer: pl.Trainer | None = None) -> None:
-    """A line for people, from one process of a trainer."""
-    if trainer is None or trainer.is_global_zero:
-        print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _placed(recipe: Recipe, *keys: str) -> Iterator[None]:
-    """Errors of the block get the file and the line of the recipe's value under `keys`."""
-    try:
-        yield
-    except (ToolkitError, ValueError) as error:  # Lightning and PEFT raise ValueError for a setting they do not know
-        raise TrainError(recipe.at(keys, error)) from error
-
-
-def owned(output: Path, recipe: Recipe) -> Path | None:
-    """The checkpoint in `output` to resume from, if any. Raises TrainError if the directory belongs to another recipe."""
-    name = output / "recipe.sha"
-    checkpoint = output / "last.ckpt"
-    if name.is_file() and name.read_text(encoding="utf-8").strip() != recipe.hash():
-        raise TrainError(
-            f"{output} belongs to another recipe, got hash {recipe.hash()} where it has {name.read_text(encoding='utf-8').strip()}. "
-            f"Resuming would mix two runs; see {output / 'recipe.yaml'}. Write another output:, or delete the directory."
-        )
-    if checkpoint.is_file() and not name.is_file():
-        raise TrainError(
-            f"{checkpoint} has no recipe beside it, so it cannot be resumed safely. Write another output:, or delete the file."
-        )
-    return checkpoint if checkpoint.is_file() else None
-
-
-def claim(output: Path, recipe: Recipe) -> None:
-    """Make `output` this recipe's own. Only once everything that can be refused was looked at: a mistake must not take a directory."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    # Renamed into place: another process of the run must not read half a hash.
-    (output / "recipe.sha.new").write_text(recipe.hash() + "\n", encoding="utf-8")
-    (output / "recipe.sha.new").replace(output / "recipe.sha")
-
-
-def check_export(recipe: Recipe, where: Path | None) -> None:
-    """Hours of training must not end at a path that cannot be written. An earlier export (it has a card) is replaced."""
-    if where is None:
-        return
-    with _placed(recipe, "export"):
-        occupied = next((parent for parent in (where, *where.parents) if parent.exists() and not parent.is_dir()), None)
-        if occupied is not None:
-            raise TrainError(f"{occupied} is a file, and weights are exported into a directory. Write another export:, or null.")
-        if where.is_dir() and any(where.iterdir()) and not (where / "card.json").is_file():
-            raise TrainError(f"{where} holds files that no training has exported (there is no card.json). Write another export:, or null.")
-
-
 def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
     """The model as it is trained: checked against objective and data, with its adapter and the student's attention rule."""
-    model = built.model.build()
-    if not isinstance(model, Transformer):
-        raise TrainError(f"only the native Transformer is trained here, got {type(model).__name__}. Write model: {{_component_: fresh}}.")
-    with _placed(recipe, "model"):
-        if format_of(model) is not None:
-            raise TrainError(
-                f"only exact weights are trained, got a model with weights: {format_of(model)}. Rounding has no gradients. "
-                "Leave weights: out."
-            )
-    with _placed(recipe, "objective"):
+    model = shared.trainable(recipe, built.model)
+    with placed(recipe, "objective"):
         built.objective.check(model)
-    with _placed(recipe, "data"):
+    with placed(recipe, "data"):
         built.data.check(model.spec.max_positions)
     if model.tokenizer is None:
         model.tokenizer = built.data.tokenizer()
@@ -290,12 +206,10 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
     if rule is not None:  # matters for decoding only: every pass of the loss is given its mask
         model.with_attention(*rule)
     if built.lora is not None:
-        with torch.random.fork_rng(devices=[]), _placed(recipe, "lora"):
-            torch.manual_seed(built.seed)
-            inject(model, built.lora, base=_base_name(built))
+        shared.adapt(recipe, model, built.lora, built.model, built.seed)
     for number, callback in enumerate(built.callbacks):
         if isinstance(callback, DecodeWhileTraining):
-            with _placed(recipe, "callbacks", str(number)):
+            with placed(recipe, "callbacks", str(number)):
                 callback.check(model.spec)
     return model
 
@@ -305,7 +219,7 @@ def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transf
     if built.teacher is None or not built.objective.needs_teacher:
         return None
     teacher = built.teacher.build()
-    with _placed(recipe, "teacher"):
+    with placed(recipe, "teacher"):
         if not isinstance(teacher, Transformer):
             raise TrainError(f"a teacher is a native Transformer, got {type(teacher).__name__}. Write teacher: {{_component_: load, ...}}.")
         words = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (teacher, student)]
@@ -322,12 +236,6 @@ def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transf
     return teacher.float().eval().requires_grad_(False)
 
 
-def _base_name(built: TrainRecipe) -> str:
-    """How the recipe names the frozen checkpoint (`asset:teacher`, a hub id), for adapter_config.json."""
-    path = built.model.tree.get("path") if isinstance(built.model.tree, dict) else None
-    return str(path) if path is not None else ""
-
-
 def _resumed_step(checkpoint: Path | None) -> int | None:
     if checkpoint is None:
         return None
@@ -338,8 +246,8 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
     settings = built.trainer
     # Lightning's own lines (devices found, tips) say nothing about the run.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise TrainError(recipe.at(("trainer", "accelerator"), "no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu."))
+    with placed(recipe, "trainer", "accelerator"):
+        shared.check_device(settings.accelerator)
     saver = ModelCheckpoint(
         dirpath=built.output,
         save_last=True,
@@ -347,7 +255,7 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
         every_n_train_steps=settings.checkpoint_every,
         enable_version_counter=False,
     )
-    with _placed(recipe, "trainer"):
+    with placed(recipe, "trainer"):
         devices, nodes = _places(settings)
         return pl.Trainer(
             max_steps=-1 if settings.max_steps is None else settings.max_steps,

@@ -16,7 +16,7 @@ from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.rollouts import Pool, RolloutError
-from dllm_toolkit.training.run import say
+from dllm_toolkit.training.shared import say
 
 
 @dataclass(frozen=True)

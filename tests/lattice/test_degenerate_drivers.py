@@ -56,7 +56,7 @@ def ar_text(batch: Any, cache: Cache, **arguments: Any) -> Output:
 DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one forward": ("full", {}),
     "short": ("full", {"draft_length": 3}),
-    "window": ("full", {"draft_canvas": "window"}),
+    "window": ("full", {"draft_canvas": "window", "separator": 7}),
     "in steps": ("full", {"draft": fast_dllm(4, threshold=0.6), "draft_steps": 3, "draft_cache": DualCache()}),
     "block-causal": ("block_causal", {"draft_cache": BlockCausalCache()}),
     "d2f": ("block_causal", {"draft": d2f(4, threshold=0.6), "draft_steps": 2, "draft_cache": BlockCausalCache()}),

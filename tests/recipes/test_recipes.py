@@ -72,8 +72,8 @@ def self_distilled(tree: dict, output: Path) -> list[str]:
     causal = "autoregressive" in tree["model"]["path"]
     model = CAUSAL if causal else f"model={FRESH}"
     teacher = [f"teacher={FRESH}"] if "teacher" in tree else []
-    quick = "data.decoder={_component_: fast_dllm, threshold: 0.0}"
-    return [model, f"data.model={FRESH}", *teacher, quick, "data.right_only=false", f"data.store={output / 'answers'}"]
+    quick = ["data.decoder={_component_: fast_dllm, threshold: 0.0}", "data.cache=none"]
+    return [model, f"data.model={FRESH}", *teacher, *quick, "data.right_only=false", f"data.store={output / 'answers'}"]
 
 
 def own_pairs(directory: Path, at: str = "data") -> list[str]:
@@ -113,6 +113,7 @@ def task_stand_in(task: dict, models: dict, directory: Path) -> list[str]:
         rules = {
             key: "".join(f", {name}: {model[name]}" for name in ("attention", "block_size") if name in model)
             for key, model in models.items()
+            if not model.get("path", "").startswith("asset:") or "adapter" in model
         }
         changed += [
             f"models.{key}={{_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024{rule}}}" for key, rule in rules.items()

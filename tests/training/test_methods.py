@@ -20,6 +20,7 @@ from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, 
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, cap, fast_dllm_v2, sdar
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory, late
+from dllm_toolkit.training.methods.deer import Continuation, deer_refinement
 from dllm_toolkit.training.methods.diffullama import Adaptation
 from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.methods.dscd import DSCD, counts
@@ -67,6 +68,8 @@ BUILT: dict[str, Composed] = {
     "path": PathDistillation(3),
     "llada21": TokenEditing(4, rows=1.0),
     "diffullama": Adaptation(),
+    "deer_continuation": Continuation(8),
+    "deer_refinement": deer_refinement(8, longest=5),
 }
 
 

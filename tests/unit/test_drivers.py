@@ -24,10 +24,11 @@ from dllm_toolkit.drivers.base import Denoise
 from dllm_toolkit.drivers.external_verify import ExternalVerify
 from dllm_toolkit.drivers.staged import Stage, Staged
 from dllm_toolkit.evaluation import ledger
+from dllm_toolkit.models.base import KVBuffer, Query
 from dllm_toolkit.models.fresh import fresh
 from dllm_toolkit.recipe_hints import Lazy
 from dllm_toolkit.testing import contract
-from dllm_toolkit.testing.models import Oracle, toy_spec
+from dllm_toolkit.testing.models import Counting, Oracle, toy_spec
 
 TOYS = {toy.name: toy.model for toy in contract.toys()}
 TARGET, FULL = TOYS["causal"], TOYS["full"]
@@ -39,6 +40,7 @@ TARGET, FULL = TOYS["causal"], TOYS["full"]
         (lambda: ExternalVerify("x", draft_length=0), "draft_length must be 1 or more, got 0"),
         (lambda: ExternalVerify("x", draft=semi_ar(4), draft_steps=0), "draft_steps must be 1 or more, got 0"),
         (lambda: ExternalVerify("x", draft_steps=2), "draft_steps counts steps of the decoder under draft, got 2 and no draft"),
+        (lambda: ExternalVerify("x", separator=3), "a separator stands behind the drafted window, got 3 and draft_canvas=answer"),
         (lambda: Staged(()), "stages is empty"),
         (lambda: Staged((Stage(append=(3,)),)), "the last stage appends a text that nobody reads"),
         (lambda: Stage(max_new_tokens=0), "max_new_tokens must be 1 or more, got 0"),
@@ -67,12 +69,34 @@ class OneToken:
         (Lazy.of(TOYS["causal"]), autoregressive(), {}, "the drafter must fill masks, got attention=causal"),
         (Lazy.of(FULL), autoregressive(), {"draft_cache": BlockCausalCache()}, "draft_cache does not fit the drafter, got attention=full"),
         (Lazy.of(FULL), autoregressive(), {"draft": autoregressive()}, "the decoder with its part next_token does not fit the model"),
+        (Lazy.of(FULL), autoregressive(), {"separator": 29, "draft_canvas": "window"}, "separator is an id outside the vocabulary, got 29"),
         (Lazy.of(Oracle(toy_spec())), vanilla(), {}, "the decoder with its part semi_autoregressive does not fit the model"),
     ],
 )
 def test_what_cannot_draft_or_verify(drafter: Any, decoder: Decoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DecodeError, match=message):
         ExternalVerify(drafter, **options).run(TARGET, decoder, [[3]], max_new_tokens=4)
+
+
+class Watched(Counting):
+    """Keeps what it was asked."""
+
+    def __call__(self, query: Query, kv: KVBuffer | None = None) -> Any:
+        assert kv is not None and query.slots is not None
+        self.seen = [*self.__dict__.get("seen", []), query.tokens[0][query.slots[0] < kv.slots - 1].tolist()]
+        return self.model(query, kv)
+
+
+@pytest.mark.parametrize(("separator", "behind"), [(None, []), (7, [7])])
+def test_a_drafter_sees_what_it_was_trained_on(separator: int | None, behind: list[int]) -> None:
+    """A clean prefix, a run of masks and the separator: a row of objective deer_refinement. There is always room for it."""
+    drafter = Watched(FULL)
+    driver = ExternalVerify(Lazy.of(drafter), draft_length=4, draft_canvas="window", separator=separator)
+    output, mask = driver.run(TARGET, autoregressive(), [[3, 5]], max_new_tokens=9), FULL.spec.mask_id
+    text = [3, 5, *output.tokens[0]]
+    for seen in drafter.seen:
+        prefix = seen.index(mask)
+        assert seen == [*text[:prefix], *[mask] * min(4, len(text) - prefix - 1), *behind]
 
 
 def test_deer_verifies_left_to_right_text_only() -> None:
