@@ -63,14 +63,14 @@ class Continuation(Composed):
 
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         rows, answer, text = len(batch.tokens), batch.answer_length, batch.text(spec.eos_ids)
-        begin = (corrupt.draw((rows, 1), generator) * text.sum(1, keepdim=True)).long()
-        cut = begin + corrupt.count_from_level(corrupt.draw((rows, 1), generator), (answer - begin).clamp(max=self.longest or answer))
-        offset = torch.arange(batch.tokens.shape[1], device=begin.device) - batch.prompt_length.unsqueeze(1)
+        begin = (corrupt.draw((rows,), generator) * text.sum(1)).long()
+        length = corrupt.count_from_level(corrupt.draw((rows,), generator), (answer - begin).clamp(max=self.longest or answer)).unsqueeze(1)
+        place = torch.arange(text.shape[1], device=text.device) - (batch.prompt_length + begin).unsqueeze(1)  # 0: the run's first token
         level = self.minimum + (1.0 - self.minimum) * corrupt.uniform_levels(rows, generator).unsqueeze(1)
-        masked = corrupt.bernoulli(level, (offset >= begin) & (offset < cut), generator)
-        weight = (masked & text) / level * self.base ** ((cut - 1 - offset) * masked)
-        tokens = batch.tokens.masked_fill(masked, spec.mask_id).masked_fill(batch.answer & (offset >= cut), -1)
-        return [Copy(tokens if self.separator is None else tokens.masked_fill(batch.answer & (offset == cut), self.separator), weight)]
+        masked = corrupt.bernoulli(level, (place >= 0) & (place < length), generator)
+        weight = (masked & text) / level * self.base ** ((length - 1 - place) * masked)
+        tokens = batch.tokens.masked_fill(masked, spec.mask_id).masked_fill(batch.answer & (place >= length), -1)
+        return [Copy(tokens if self.separator is None else tokens.masked_fill(batch.answer & (place == length), self.separator), weight)]
 
 
 @register("objective", "deer_refinement")
