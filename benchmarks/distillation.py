@@ -62,10 +62,22 @@ def comparison(home: Path, output: Path, smoke: bool) -> list[str]:
     )
 
 
+def visible_devices() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them: those of a child are counted anew."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())] or [""]
+
+
+def shared(made: list[str], smoke: bool) -> list[str]:
+    """The command by as many processes as there are GPUs, which share the problems."""
+    count = 1 if smoke else len(visible_devices())
+    return [made[0], "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *made[1:]] if count > 1 else made
+
+
 def run_all(names: list[str], home: Path, at_once: int, smoke: bool) -> tuple[dict[str, float], list[str]]:
     """Train `names`, several at once: seconds of each, and those that failed."""
-    devices = torch.cuda.device_count() if not smoke else 0
-    slots = [str(index % devices) if devices else "" for index in range(at_once * max(1, devices))]
+    devices = visible_devices() if not smoke else [""]
+    slots = devices * at_once
     waiting, running, seconds, failed = list(names), {}, {}, []
     home.mkdir(parents=True, exist_ok=True)
     while waiting or running:
@@ -102,7 +114,8 @@ def main() -> int:
     seconds, failed = run_all(options.only, home, 2 if options.smoke else options.at_once, options.smoke)
     if not failed and len(options.only) == len(every):
         began = time.monotonic()
-        made = subprocess.run(comparison(home, output, options.smoke), cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        compare = shared(comparison(home, output, options.smoke), options.smoke)
+        made = subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
         seconds["comparison"] = round(time.monotonic() - began, 1)
         write = [sys.executable, "-m", "dllm_toolkit.evaluation.distillation_page", str(output), str(page), str(home)]
         failed += ["comparison"] if made else ["page"] if subprocess.run(write, cwd=ROOT).returncode else []

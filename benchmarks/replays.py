@@ -50,16 +50,19 @@ def steps(model: Transformer, repeats: int = 20) -> dict[str, dict[str, float]]:
                 continue
             for recording in unit.recordings.values():
                 milliseconds = round(seconds_of(recording.replay, repeats) * 1e3, 4)
-                if isinstance(name, tuple) and name[0] == "forward":
-                    flat = "" if name[3] is None else f", {name[3]} flat"
-                    found["forward"][f"{name[1]}, {name[2]}{flat}"] = milliseconds
-                elif isinstance(name, tuple):
+                kind = name[0] if isinstance(name, tuple) else None
+                if kind == "forward":
+                    _, _, lanes, reads, flat, whole = name
+                    note = ("" if flat is None else f", {flat} flat") + ("" if whole else ", rest")
+                    found["forward"][f"{lanes}, {reads}{note}"] = milliseconds
+                elif kind == "look":
                     found["look"]["plan"] = milliseconds
-                elif getattr(name, "__name__", "") == "look":
-                    found["look"]["region"] = milliseconds
-                else:
-                    reads = next(one.shape[1] for one in recording.inputs if one.ndim == 3)
-                    found["decide"][f"{reads}"] = milliseconds
+                elif kind == "rule":
+                    reads = next((one.shape[1] for one in recording.inputs if one.ndim == 3), None)
+                    if reads is not None:
+                        found["decide"][f"{reads}"] = milliseconds
+                    elif name[-1].__name__ == "look":
+                        found["look"]["region"] = milliseconds
     return found
 
 

@@ -4,7 +4,7 @@
 
 A step of 16 to 128 lanes reads every key and value once and computes little, so what counts is that all multiprocessors read at once, and
 that scores never leave the chip. One program takes one head of one row, a tile of lanes, and a part of the slots; with few rows the slots
-are cut until there are enough programs. The parts meet in a second step, in order and not by atomics: a decode must repeat itself bit for
+are cut until there are enough programs. The parts meet in a second kernel, in order and not by atomics: a decode must repeat itself bit for
 bit. Scores and sums are in float32; weights are rounded to the values' type for the second product, as in other attention kernels.
 """
 
@@ -19,15 +19,17 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 PROGRAMS = 132  # one for each multiprocessor of an H100 or H200
-LANES, SLOTS = 64, 64  # of a tile
+LANES, SLOTS = 64, 64  # of the largest tile
+NARROW = 16  # lanes of the smallest tile
 
 
 @triton.jit
 def _kernel(
     q, k, v, allow, out, top, total,
-    width, slots, part, scale,
+    width, slots, part,
     q_row, q_lane, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, allow_row, allow_lane,
     HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip  # no annotations: Triton reads them as types
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     group, cut = head // SHARED, tl.program_id(2)
@@ -45,7 +47,7 @@ def _kernel(
         seen = tl.load(
             allow + row.to(tl.int64) * allow_row + w[:, None] * allow_lane + s[None, :], mask=live[:, None] & there[None, :], other=0
         )
-        scores = tl.where(seen != 0, tl.dot(queries, keys, input_precision="ieee") * scale, float("-inf"))
+        scores = tl.where(seen != 0, tl.dot(queries, keys, input_precision="ieee") * SCALE, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: no difference of infinities
         weights = tl.exp(scores - base[:, None])
@@ -63,40 +65,70 @@ def _kernel(
         tl.store(total + place * HEADS + head, mass, mask=live)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allow: Tensor, parts: int | None = None) -> Tensor:
+@triton.jit
+def _join(made, top, total, out, count, HEADS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The parts of one lane's heads as one: made [parts, lanes, heads, D], top and total [parts, lanes, heads]."""
+    lane, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, SIZE)
+    there = head < HEADS
+    best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        best = tl.maximum(best, tl.load(top + (part * count + lane) * HEADS + head, mask=there, other=0.0))
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    mixed = tl.zeros((BLOCK_H, SIZE), tl.float32)
+    for part in tl.static_range(PARTS):
+        place = (part * count + lane) * HEADS + head
+        share = tl.exp(tl.load(top + place, mask=there, other=0.0) - best)  # every lane sees something in one of the parts
+        mass += share * tl.load(total + place, mask=there, other=1.0)
+        mixed += share[:, None] * tl.load(made + place[:, None] * SIZE + d[None, :], mask=there[:, None], other=0.0)
+    place = lane * HEADS + head
+    tl.store(out + place[:, None] * SIZE + d[None, :], (mixed / mass[:, None]).to(out.dtype.element_ty), mask=there[:, None])
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, allow: Tensor, tile: tuple[int, int] | None = None
+) -> Tensor:
     """q [B, H, W, D], k and v [B, G, S, D], any of them views of [B, W or S, heads, D]; allow [B, 1, W, S], something for every lane.
 
-    Returns [B, H, W, D], a view of [B, W, H, D]. D is a power of two, 16 or more. parts: into how many the slots are cut; None: as many as
-    keep an H100 busy.
+    Returns [B, H, W, D], a view of [B, W, H, D]. D is a power of two, 16 or more. tile: lanes of a tile, and into how many parts the slots
+    are cut; None: as many as keep an H100 busy.
     """
     rows, heads, width, size = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    block_w = min(max(16, 1 << (width - 1).bit_length()), LANES)
+    block_w, parts = cuts(rows * heads, width, slots) if tile is None else tile
     tiles = -(-width // block_w)
-    parts = cuts(rows * heads * tiles, slots) if parts is None else parts
-    part = triton.cdiv(triton.cdiv(slots, parts), SLOTS) * SLOTS
-    parts = triton.cdiv(slots, part)
+    part = -(-slots // (parts * SLOTS)) * SLOTS
+    parts = -(-slots // part)
     made = torch.empty(parts, rows, width, heads, size, dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
     top = torch.empty(parts, rows, width, heads, dtype=torch.float32, device=q.device) if parts > 1 else made
     total = torch.empty_like(top) if parts > 1 else made
-    seen = allow.squeeze(1).view(torch.uint8)
+    seen = allow.squeeze(1)
     for name, one in (("q", q), ("k", k), ("v", v), ("allow", seen)):
         if one.stride(-1) != 1:
             raise ValueError(f"{name} must be dense in its last dimension, got strides {one.stride()}. The kernel reads whole rows.")
     options: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
     _kernel[rows * heads, tiles, parts](  # type: ignore[index]  # what the decorator makes of it takes a grid
-        q, k, v, seen, made, top, total, width, slots, part, 1 / math.sqrt(size),
+        q, k, v, seen, made, top, total, width, slots, part,
         q.stride(0), q.stride(2), q.stride(1), k.stride(0), k.stride(2), k.stride(1), v.stride(0), v.stride(2), v.stride(1),
         seen.stride(0), seen.stride(1),
-        HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, BLOCK_W=block_w, BLOCK_S=SLOTS, **options,
+        HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, BLOCK_W=block_w, BLOCK_S=SLOTS,
+        SCALE=1 / math.sqrt(size), **options,
     )  # fmt: skip
     if parts == 1:
         return made[0].transpose(1, 2)
-    share = (top - top.amax(0)).exp()  # every lane sees something in one of the parts
-    whole = (made * share.unsqueeze(-1)).sum(0) / (total * share).sum(0).unsqueeze(-1)
-    return whole.to(q.dtype).transpose(1, 2)
+    out = torch.empty(rows, width, heads, size, dtype=q.dtype, device=q.device)
+    several = min(8, 1 << (heads - 1).bit_length())
+    _join[rows * width, -(-heads // several)](  # type: ignore[index]
+        made, top, total, out, rows * width, HEADS=heads, SIZE=size, PARTS=parts, BLOCK_H=several, num_warps=4
+    )
+    return out.transpose(1, 2)
 
 
-def cuts(programs: int, slots: int) -> int:
-    """Into how many parts the slots are cut: enough for every multiprocessor, but none shorter than two tiles."""
-    return max(1, min(-(-PROGRAMS // programs), slots // (2 * SLOTS)))
+def cuts(heads: int, width: int, slots: int) -> tuple[int, int]:
+    """Lanes of a tile, and into how many parts the slots are cut: a program for every multiprocessor, no part shorter than two tiles.
+
+    heads: of all rows. Narrower tiles in place of parts were slower: each reads all keys again.
+    """
+    lanes = min(max(NARROW, 1 << (width - 1).bit_length()), LANES)
+    programs = heads * -(-width // lanes)
+    return lanes, max(1, min(-(-PROGRAMS // programs), slots // (2 * SLOTS)))

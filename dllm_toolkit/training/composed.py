@@ -2,28 +2,42 @@
 
     copies  = noise(batch)                    what is hidden, what counts and how much; complementary masks make two copies
     seen    = layout(copies)                  lanes, attention, where each position is read        (training/layouts.py)
-    logits  = student(seen)                   one forward for all copies, stacked along the rows
+    hidden  = student(seen)                   one forward for all copies, stacked along the rows   (training/forward.py)
+    logits  = head(hidden where it counts)    of positions with a weight, the teacher's too; a chunk of them at a time
     loss    = sum of terms                    (training/terms.py)
 
 A method is a subclass with `terms` and two methods, `noise` and `layout`: see training/methods and examples/my_objective.py. Levels, masks,
-block lengths and shares may depend on the run's progress; whatever does is a tensor by the time the loss is computed, so the loss stays one
-graph for torch.compile.
+block lengths and shares may depend on the run's progress; whatever does is a tensor by the time the loss is computed, so that the graphs of
+torch.compile, one for the layers and one for the terms of a chunk, serve the whole run.
+
+Each term divides its sum over each copy by a number of its own. Of a batch that several processes share, noise is drawn for all rows, a
+process lays out its rows of each copy, and its sums are divided by what all processes divide by (split.py). Of a step of several batches
+
+    loss = sum over terms k, copies c, batches b of   share_k * (over_kcb / under_kcb) * (known_kcb / sum over b' of known_kcb')
+
+where `known` is `under` as far as it is known before the forward; the noise of all batches is drawn ahead for the sum. Where they are the
+same the step is that of one larger batch. They differ for a mean over what passes a gate: see `Certainty`.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Num, Shaped
+from torch import Tensor, nn
 
+from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.layouts import Full, Layout, Seen, read_logits
-from dllm_toolkit.training.objectives import Loss, Objective, ObjectiveError, full_allow, normalise
+from dllm_toolkit.training.forward import Forward
+from dllm_toolkit.training.layouts import Full, Layout, Seen
+from dllm_toolkit.training.objectives import Loss, Objective, ObjectiveError, full_blocks, mass_of, summed
+from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.training.terms import ForwardKL, ReverseKL, Selected, Term, teacher_gap
 from dllm_toolkit.types import Attention, ModelSpec
 
@@ -38,7 +52,10 @@ class Copy(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """All C copies of a batch, stacked along the rows, and the shares of the terms at this point of the run."""
+    """All C copies of a batch, stacked along the rows, and the shares of the terms at this point of the run.
+
+    rows: flat positions (row * L + position) whose logits the terms ask for. teacher: its logits there.
+    """
 
     tokens: Int[Tensor, "CB L"]
     weight: Float[Tensor, "CB L"]
@@ -46,14 +63,21 @@ class Shown(NamedTuple):
     teacher_weight: Float[Tensor, "CB L"]
     shares: Float[Tensor, "K"]
     seen: Seen
-    teacher: Float[Tensor, "CB L V"] | None = None
+    rows: Int[Tensor, "N"] | None = None
+    teacher: Float[Tensor, "N V"] | None = None
 
 
+@dataclass(frozen=True)
 class Composed(Objective):
-    """An objective that is a sum of terms over noisy copies of the batch."""
+    """An objective that is a sum of terms over noisy copies of the batch.
 
-    terms: tuple[Term, ...]
-    copies: int = 1
+    forward: how its passes are computed (training/forward.py); it does not change the loss.
+    """
+
+    forward: Forward = field(default_factory=Forward, kw_only=True)
+
+    terms: ClassVar[tuple[Term, ...]]
+    copies: ClassVar[int] = 1
     """Noisy copies of each row."""
 
     @abc.abstractmethod
@@ -66,7 +90,7 @@ class Composed(Objective):
 
     @property
     def splits(self) -> bool:
-        return False  # its copies stand one behind the other, and each term divides by its own sum
+        return type(self).loss is Composed.loss  # nobody knows the sums of another one
 
     @property
     def needs_teacher(self) -> bool:
@@ -103,7 +127,10 @@ class Composed(Objective):
         return self.copies * student, self.copies * length if self.needs_teacher else 0
 
     def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
-        copies = self.noise(batch, spec, generator, progress)
+        return self.shown(batch, self.noise(batch, spec, generator, progress), spec, generator, progress)
+
+    def shown(self, batch: Batch, copies: Sequence[Copy], spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
+        """The copies of a batch, or of a part of it, laid out."""
         tokens, weight = torch.cat([copy.tokens for copy in copies]), torch.cat([copy.weight for copy in copies])
         seen = self.layout(progress)(repeated(batch, len(copies)), tokens, spec.shift, generator)
         return Shown(
@@ -118,32 +145,132 @@ class Composed(Objective):
     def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> Shown:  # type: ignore[override]
         raise ObjectiveError("an objective made of terms is asked with `show`, got `corrupt`. Its noise may depend on the run's progress.")
 
-    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
-        return view._replace(teacher=model.logits(view.hint, full_allow(repeated(batch, len(view.tokens) // len(batch.tokens)))))
+    def compiled(self) -> Callable[..., Loss]:
+        """One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
+        fast = replace(self, forward=replace(self.forward, compile=True))
+        if type(self).loss is not Composed.loss:  # which need not ask for `measure`
+            return fast
+        return partial(fast.__call__, loss=partial(fast.loss, measure=torch.compile(fast.measure, dynamic=False)))  # type: ignore[arg-type]  # views are Shown
 
-    def loss(self, model: Transformer, batch: Batch, view: Shown) -> Loss:  # type: ignore[override]
-        logits, rows, answer = read_logits(model, view.seen), len(batch.tokens), batch.answer
-        total = logits.new_zeros((), dtype=torch.float32)
-        supervised = view.weight > 0
-        target = repeated(batch, len(view.tokens) // rows).tokens
-        right = (logits.detach().argmax(-1) == target) & supervised
-        metrics = {"masked_accuracy": right.sum() / supervised.sum().clamp(min=1)}
+    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
+        rows = self._rows(model, view)
+        hidden = self.forward.hidden(model, view.hint, full_blocks(repeated(batch, len(view.tokens) // len(batch.tokens))))
+        return view._replace(rows=rows, teacher=model.lm_head(self.forward.at(model, hidden, rows)))
+
+    def mass(self, spec: ModelSpec, batch: Batch, view: Shown) -> Num[Tensor, "B"] | None:  # type: ignore[override]
+        return torch.ones_like(batch.prompt_length)  # asked only of a `loss` that is not the one below: a mean over rows
+
+    def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."] | None:
+        if not self.splits:
+            return super().divisor(batch, spec, generator, progress)
+        return self.known(batch, self.noise(batch, spec, generator, progress))
+
+    def known(self, batch: Batch, copies: Sequence[Copy]) -> Float[Tensor, "K C"]:
+        """What each term divides by on each copy, as far as it is known before the model is asked; 0 where that is nothing."""
+        answer, numbers = batch.answer, []
+        for term in self.terms:
+            for copy in copies:
+                mass = mass_of(term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
+                numbers.append(copy.weight.new_zeros(()) if mass is None else mass.sum().to(copy.weight.dtype))
+        return torch.stack(numbers).view(len(self.terms), len(copies))
+
+    def __call__(
+        self,
+        model: Transformer,
+        batch: Batch,
+        generator: torch.Generator,
+        *,
+        loss: Callable[..., Loss] | None = None,
+        teacher: Transformer | None = None,
+        progress: float = 1.0,
+        split: Split | None = None,
+        step: Num[Tensor, "..."] | None = None,
+    ) -> Loss:
+        if not self.splits:
+            return super().__call__(model, batch, generator, loss=loss, teacher=teacher, progress=progress, split=split, step=step)
+        copies = self.noise(batch, model.spec, generator, progress)
+        known = None if step is None else self.known(batch, copies)
+        if split is not None:
+            batch, copies = split.of(batch), [split.of(copy) for copy in copies]
+        view = self.shown(batch, copies, model.spec, generator, progress)
+        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))
+        if split is not None:
+            assert result.sums is not None
+            result = self.divided(result.sums.of_all(split), view.shares)._replace(share=torch.ones_like(result.value))
+        if step is None or known is None:
+            return result._replace(toward=result.value)
+        assert result.sums is not None
+        weight = torch.where(step > 0, ratio(known, step), 1.0)
+        return result._replace(toward=(view.shares * (ratio(result.sums.over, result.sums.under) * weight).sum(1)).sum())
+
+    def loss(self, model: Transformer, batch: Batch, view: Shown, measure: Callable[..., tuple[Tensor, ...]] | None = None) -> Loss:  # type: ignore[override]
+        """measure: what is called instead of the method of that name, where it is compiled."""
+        rows, seen, count = self._rows(model, view), view.seen, len(batch.tokens)
+        hidden = self.forward.hidden_of(model, Query(seen.tokens, seen.positions, None, seen.allow), seen.block)
+        lane = rows // view.tokens.shape[1] * seen.tokens.shape[1] + seen.read.flatten()[rows]
+        asked = model.norm(hidden.flatten(0, 1)[lane])
+        target = repeated(batch, len(view.tokens) // count).tokens
+        columns = (asked, *(one.flatten()[rows] for one in (target, view.weight, view.teacher_weight)), view.teacher)
+        found = self.forward.by_chunk(model, partial(measure or self.measure, model.lm_head), *columns)
+
+        def spread(values: Shaped[Tensor, "N"]) -> Shaped[Tensor, "CB L"]:
+            """From the rows back to the grid: 0 where nothing was asked."""
+            grid = torch.zeros(target.numel(), dtype=values.dtype, device=values.device)
+            return grid.scatter(0, rows, values).view(target.shape)
+
+        guess, *rest = (spread(values) for values in found)
+        answer, supervised = batch.answer, view.weight > 0
+        counts = {"masked_accuracy": (((guess == target) & supervised).sum(), supervised.sum())}
+        over, under = [], []
         for number, term in enumerate(self.terms):
-            value = torch.zeros_like(total)
-            for start in range(0, rows if term.first_only else len(view.tokens), rows):
-                part = slice(start, start + rows)
-                teacher = None if view.teacher is None else view.teacher[part]
-                selected = Selected(batch.tokens, view.weight[part], teacher, view.teacher_weight[part])
-                values, weight = term(logits[part], selected)
-                value = value + normalise(values, weight, answer, term.normaliser)
-            metrics[term.name] = value.detach()
-            total = total + view.shares[number] * value
+            values, weight = rest[2 * number : 2 * number + 2]
+            for start in range(0, len(view.tokens), count):
+                if term.first_only and start:
+                    over.append(torch.zeros_like(over[-1]))
+                    under.append(torch.zeros_like(under[-1]))
+                    continue
+                part = slice(start, start + count)
+                value, mass = summed(values[part], weight[part], answer, term.normaliser)
+                over.append(value)
+                under.append(mass.to(view.weight.dtype))
         if view.teacher is not None:
-            gap, agree = teacher_gap(logits, Selected(target, view.weight, view.teacher), 1.0)
+            gap, agree = rest[-2:]
             counted = view.teacher_weight > 0
-            metrics["kl"] = normalise(gap, view.teacher_weight, counted, "masked_count")
-            metrics["teacher_agreement"] = (agree & counted).sum() / counted.sum().clamp(min=1)
-        return Loss(total, metrics)
+            counts["kl"] = ((gap * view.teacher_weight).sum(), counted.sum())
+            counts["teacher_agreement"] = ((agree & counted).sum(), counted.sum())
+        shape = len(self.terms), len(view.tokens) // count
+        return self.divided(Sums(torch.stack(over).view(shape), torch.stack(under).view(shape), counts), view.shares)
+
+    def divided(self, sums: Sums, shares: Float[Tensor, "K"]) -> Loss:
+        """The loss whose terms have these sums."""
+        values = ratio(sums.over, sums.under).sum(1)  # [K]
+        metrics = {name: ratio(*both) for name, both in sums.counts.items()}
+        metrics |= {term.name: values[number].detach() for number, term in enumerate(self.terms)}
+        return Loss((shares * values).sum(), metrics, sums=sums)
+
+    def measure(
+        self,
+        head: nn.Module,
+        asked: Float[Tensor, "N D"],
+        target: Int[Tensor, "N"],
+        weight: Float[Tensor, "N"],
+        teacher_weight: Float[Tensor, "N"],
+        teacher: Float[Tensor, "N V"] | None,
+    ) -> tuple[Shaped[Tensor, "N"], ...]:
+        """Of some positions: the student's best token, values and weights of each term, and with a teacher `teacher_gap`."""
+        logits, counts = head(asked).unsqueeze(0), (weight > 0) | (teacher_weight > 0)
+        told = None if teacher is None else teacher.unsqueeze(0)
+        selected = Selected(target.unsqueeze(0), weight.unsqueeze(0), told, teacher_weight.unsqueeze(0))
+        found = [logits.detach().argmax(-1)]
+        for term in self.terms:
+            values, weights = term(logits, selected)
+            found += [values, weights * counts]  # positions that only fill up a chunk count for no term
+        if told is not None:
+            found += teacher_gap(logits, selected, 1.0)
+        return tuple(one.squeeze(0) for one in found)
+
+    def _rows(self, model: Transformer, view: Shown) -> Int[Tensor, "N"]:
+        return self.forward.rows(model, (view.weight > 0) | (view.teacher_weight > 0), parts=4) if view.rows is None else view.rows
 
 
 def repeated(batch: Batch, times: int) -> Batch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -168,8 +168,10 @@ class Data(abc.ABC):
         return () if length is None else (length,)
 
     def identity(self) -> str:
-        """Two data of one identity have the same rows."""
-        return repr(self)
+        """Two data of one identity have the same rows, however many of them make a batch and whoever writes them."""
+        given = fields(self) if is_dataclass(self) else ()
+        named = [f"{one.name}={getattr(self, one.name)!r}" for one in given if one.name not in ("batch_size", "workers")]
+        return f"{type(self).__qualname__}({', '.join(named)})"
 
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:

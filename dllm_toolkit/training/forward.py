@@ -4,7 +4,8 @@
 
 `block` is the whole attention rule: position q sees k where block[k] <= block[q]. One number for each position, so a mask of L x L
 booleans is made only for the dense kernels; FlexAttention gets tiles (ops/tiles.py). With LLaDA's 126464 tokens the logits of 1024
-positions are 0.5 GB in float32, for teacher and student, with softmax and gradient each: ops/vocabulary.py never has more than a chunk.
+positions are 0.5 GB in float32, for teacher and student, with softmax and gradient each: ops/vocabulary.py never has more than a chunk,
+and neither have sums of terms (training/composed.py), whose logits are computed again for the backward pass where chunks are several.
 
 A layer is compiled once and that graph serves all layers: their weights are its inputs.
 
@@ -15,12 +16,13 @@ A layer is compiled once and that graph serves all layers: their weights are its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -65,11 +67,20 @@ class Forward:
 
     def hidden(self, model: Transformer, tokens: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """What the last layer gives, before the last norm, where position q sees k if block[k] <= block[q]."""
-        flex = self._flex(tokens.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        query = Query(tokens, positions, allow=None if flex else block_causal(block))
+        return self.hidden_of(model, Query(tokens, positions, allow=None if self._flex(tokens.device) else block_causal(block)), block)
+
+    def hidden_of(self, model: Transformer, query: Query, block: Int[Tensor, "B W"] | None) -> Float[Tensor, "B W D"]:
+        """`hidden` of lanes that lie otherwise than the canvas. block: `query.allow` as numbers, None if it has no such form."""
+        flex = self._flex(query.tokens.device) and block is not None
+        if self.attention == "flex" and not flex:
+            raise ForwardError(
+                "flex attention has tiles of blocks in an order, got attention: flex and a layout of another rule. Its mask is drawn, or "
+                "is that of a doubled row. Write attention: auto, which is dense there."
+            )
+        query = query._replace(allow=None if flex else query.allow)
         x, lanes = model.enter(query), model.lanes(query, None)
-        tiles = block_causal_tiles(block.to(torch.int32)) if flex else None
+        tiles = block_causal_tiles(block.to(torch.int32)) if flex and block is not None else None
         keep: Checkpoint = self.checkpoint if torch.is_grad_enabled() else "none"
         if self.compile and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # else the first layer above a frozen embedding is a graph of its own
@@ -78,16 +89,33 @@ class Forward:
             x = run(layer, x, lanes, tiles, keep)  # type: ignore[arg-type]
         return x
 
-    def rows(self, model: Transformer, wanted: Bool[Tensor, "B L"]) -> Int[Tensor, "N"]:
+    def rows(self, model: Transformer, wanted: Bool[Tensor, "B L"], parts: int = 1) -> Int[Tensor, "N"]:
         """Flat positions (row * L + position) that hold all the wanted ones, first and in order, up to whole chunks.
 
-        Waits for the device once, to count them; not where one chunk holds every position anyway, which are returned as they are then.
+        parts: what is less than a chunk is rounded up to whole parts of one, so that there are as many sizes to compile. Waits for the
+        device once, to count them; not where the least of these sizes holds every position, which are returned as they are then.
         """
         total, chunk = wanted.numel(), self.rows_at_a_time(model)
-        if chunk >= total:
+        part = max(1, chunk // parts)
+        if part >= total:
             return torch.arange(total, device=wanted.device)
-        count = -(-int(wanted.sum()) // chunk) * chunk
-        return wanted.flatten().to(torch.int8).argsort(descending=True, stable=True)[: max(chunk, count)]
+        count = int(wanted.sum())
+        size = part if count <= chunk else chunk
+        return wanted.flatten().to(torch.int8).argsort(descending=True, stable=True)[: max(size, -(-count // size) * size)]
+
+    def by_chunk(
+        self, model: Transformer, measure: Callable[..., tuple[Tensor, ...]], *columns: Shaped[Tensor, "N ..."] | None
+    ) -> tuple[Shaped[Tensor, "N"], ...]:
+        """What `measure` says of rows, asked for a chunk at a time. Where there are several, it is asked again for the backward pass."""
+        count = next(column.shape[0] for column in columns if column is not None)
+        chunk = self.rows_at_a_time(model)
+        if count <= chunk:
+            return measure(*columns)
+        found = []
+        for begin in range(0, count, chunk):
+            some = [None if column is None else column[begin : begin + chunk] for column in columns]
+            found.append(checkpoint(measure, *some, use_reentrant=False))
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))  # type: ignore[arg-type]
 
     def rows_at_a_time(self, model: Transformer) -> int:
         """How many rows of logits exist at once."""

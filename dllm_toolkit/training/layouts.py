@@ -26,16 +26,21 @@ from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import masks
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.objectives import full_blocks
 from dllm_toolkit.types import Attention
 
 
 class Seen(NamedTuple):
-    """What the model is given: W lanes a row, and where each canvas position is read."""
+    """What the model is given: W lanes a row, and where each canvas position is read.
+
+    block: the rule once more, for attention over tiles: q sees k where block[k] <= block[q]. None for rules that are no order of blocks.
+    """
 
     tokens: Int[Tensor, "B W"]
     positions: Int[Tensor, "B W"]
     allow: Bool[Tensor, "B W W"]
     read: Int[Tensor, "B L"]
+    block: Int[Tensor, "B W"] | None = None
 
 
 class Layout(abc.ABC):
@@ -43,7 +48,10 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
-        """`batch` has the clean rows, `tokens` what is shown instead of them. `generator`: for rules that are drawn."""
+        """`batch` has the clean rows, `tokens` what is shown instead of them. `generator`: for rules that are drawn.
+
+        What is drawn must not depend on the number of rows: of several processes each lays out its own, and all draw the same.
+        """
 
     def lanes(self, length: int, answer_length: int) -> int:
         """W, for rows of `length` tokens."""
@@ -59,14 +67,17 @@ class Layout(abc.ABC):
 
 
 def read_logits(model: Transformer, seen: Seen) -> Float[Tensor, "B L V"]:
-    """The one forward of training: logits of every canvas position, wherever they lie. Rows of the prompt may hold anything."""
+    """Logits of every canvas position, wherever they lie: the definition. Rows of the prompt may hold anything.
+
+    A loss asks for the positions that count alone (training/forward.py).
+    """
     return model(Query(seen.tokens, seen.positions, None, seen.allow, seen.read))
 
 
-def single(tokens: Int[Tensor, "B L"], allow: Bool[Tensor, "B L L"], shift: int) -> Seen:
+def single(tokens: Int[Tensor, "B L"], allow: Bool[Tensor, "B L L"], shift: int, block: Int[Tensor, "B L"] | None = None) -> Seen:
     """One lane a position."""
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return Seen(tokens, place, allow, (place - shift).clamp(min=0))
+    return Seen(tokens, place, allow, (place - shift).clamp(min=0), block)
 
 
 def canvas_blocks(batch: Batch, block_length: int) -> Int[Tensor, "B L"]:
@@ -80,7 +91,7 @@ class Full(Layout):
     """Everybody sees prompt and answer; nobody sees the padding behind the answer."""
 
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
-        return single(tokens, batch.inside.unsqueeze(1).expand(*tokens.shape, tokens.shape[1]), shift)
+        return single(tokens, batch.inside.unsqueeze(1).expand(*tokens.shape, tokens.shape[1]), shift, full_blocks(batch))
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,8 @@ class BlockCausal(Layout):
     length: int
 
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
-        return single(tokens, masks.block_causal(canvas_blocks(batch, self.length)), shift)
+        block = canvas_blocks(batch, self.length)
+        return single(tokens, masks.block_causal(block), shift, block)
 
     def decodes(self) -> tuple[Attention, int | None]:
         return "block_causal", self.length

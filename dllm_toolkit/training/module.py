@@ -1,14 +1,15 @@
 """The Lightning module: optimiser, schedule, averaging, clipping, checkpoint state. No mathematics of its own.
 
 `training_step` is `objective(model, batch, generator)`. All randomness of a step comes from (seed, batch number), so a run that was
-killed and resumed repeats the losses it would have had. Several processes share each step (split.py): their losses are those of one process
-with the whole batch. Under `strategy: fsdp` the weights, their averages and the optimiser's state are sharded between steps.
+killed and resumed repeats the losses it would have had. Several processes share each step (split.py), and a step may have several batches:
+losses and gradients are those of one process with one whole batch. Under `strategy: fsdp` the weights, their averages and the optimiser's
+state are sharded between steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
@@ -31,7 +33,8 @@ _NOISE, _VALIDATION = 1, 2
 class DiffusionModule(pl.LightningModule):
     """Trains `model` on `objective`.
 
-    Progress is the larger of step share and time share, so a time-limited run still anneals to the end.
+    Progress is the larger of step share and time share, so a time-limited run still anneals to the end. upcoming: the run's batch of a
+    number, with the rows of all processes; asked only if a step has several batches.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class DiffusionModule(pl.LightningModule):
         compile: bool = False,
         seed: int = 0,
         teacher: Transformer | None = None,
+        upcoming: Callable[[int], Batch] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,7 +69,8 @@ class DiffusionModule(pl.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
         self._started: float | None = None
-        self._mass: Tensor | None = None  # of the batches of this optimiser step so far, if there are several
+        self.upcoming = upcoming
+        self._step: tuple[float, Tensor | None] | None = None  # progress and divisor of this optimiser step, if it has several batches
         self._told: float | None = None  # what process 0 said the time was, for the length of a step
         self._validation_losses: list[Tensor] = []
         # Eager for validation, whose no_grad and eval would be more graphs.
@@ -117,22 +122,33 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise, (teacher,), count = self.noise(_NOISE, self.batches), self._teacher, self.trainer.accumulate_grad_batches
-        loss = self._train_objective(
-            self.model, batch, noise, teacher=teacher, progress=self.progress, split=self._split, weighed=count > 1
-        )  # fmt: skip
+        progress, step = self._whole_step(count) if count > 1 else (self.progress, None)
+        loss = self._train_objective(self.model, batch, noise, teacher=teacher, progress=progress, split=self._split, step=step)
         self.batches += 1
         self.last_loss, self.last_metrics = self._summed(loss)
-        value = loss.value
-        if self._split is not None and loss.share is not None:
-            value = value * (loss.share * self._split.world)  # gradients are averaged, and these are to be added
-        if count == 1:
-            return value
-        # Lightning divides by the number of batches. They are to be parts of one batch instead, divided by what all of them hold: each
-        # weighs as much as its own loss was divided by, and the sum of that divides the gradient at the end of the step.
-        if loss.mass is None:
-            return value * count
-        self._mass = loss.mass if self._mass is None else self._mass + loss.mass
-        return value * (loss.mass * count)
+        value = loss.value if loss.toward is None else loss.toward
+        # Gradients are averaged over processes, and Lightning divides by the number of batches. They are to be added.
+        times = count * (1 if self._split is None else self._split.world)
+        return value if times == 1 else value * times
+
+    def _whole_step(self, count: int) -> tuple[float, Tensor | None]:
+        """Progress and divisor of the step that the present batch is one of `count` of, the same for all of them.
+
+        The noise of all of them is drawn ahead for that, and once more when its batch comes: it depends on the batch's number alone.
+        """
+        if self._step is None:
+            if self.upcoming is None:
+                raise ToolkitError(
+                    f"a step of several batches divides by what all of them hold, got accumulate_grad_batches={count} and no `upcoming`. "
+                    "Pass DiffusionModule(upcoming=source.whole)."
+                )
+            progress, divisor = self.progress, None
+            for number in range(self.batches, self.batches + count):
+                noise = self.noise(_NOISE, number)
+                one = self.objective.divisor(self.upcoming(number), self.model.spec, noise, progress)
+                divisor = one if divisor is None or one is None else divisor + one
+            self._step = progress, divisor
+        return self._step
 
     def _summed(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of the whole batch, the same in every process."""
@@ -174,11 +190,7 @@ class DiffusionModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        if self._mass is not None:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad = parameter.grad / torch.where(self._mass > 0, self._mass, 1.0).to(parameter.grad.dtype)
-            self._mass = None
+        self._step = None
         self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
         # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
         usable = self.gradient_norm.isfinite()

@@ -1,8 +1,8 @@
-"""Training objectives: pure functions from a batch and random numbers to a loss.
+"""Training objectives: functions from a batch and random numbers to a loss. Long: the contract, and the three that are no sums of terms.
 
 An objective is two steps. `corrupt` is random and cheap (a `View`: what the model sees, which positions count and how much);
 `loss` is deterministic and expensive, one graph for torch.compile. Everything is weights on a dense [B, L] grid, never boolean
-indexing, so no step waits for the device; D2F waits once, for the number of rows whose logits it needs (training/forward.py).
+indexing, so no step waits for the device; D2F and sums of terms wait once, for the number of rows whose logits they need (forward.py).
 
     MaskedDiffusion   CE at masked positions under full attention          LLaDA, arXiv 2502.09992
     Autoregressive    CE of every answer token given the ones before
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,13 @@ from dllm_toolkit.ops.masks import answer_blocks, block_causal
 from dllm_toolkit.registry import declare, register
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
 from dllm_toolkit.training.forward import Forward
-from dllm_toolkit.training.split import Split
+from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.types import Attention, ModelSpec
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
+
+
+Drawn = TypeVar("Drawn", bound=tuple)  # a View, or what an objective has instead of one
 
 
 class ObjectiveError(ToolkitError):
@@ -53,13 +56,15 @@ class View(NamedTuple):
 class Loss(NamedTuple):
     """The scalar to minimise, and detached scalars for people to read.
 
-    share: of a part of a batch, its share of the whole batch's loss. mass: if it was asked for, what the whole batch's sum was divided by.
+    share: of a part of a batch, its share of the whole batch's loss. toward: what it adds to the loss of a step, which may have several
+    parts and several batches; this is what is minimised. sums: of a loss made of terms, what it is before it is divided.
     """
 
     value: Float[Tensor, ""]
     metrics: dict[str, Tensor]
     share: Float[Tensor, ""] | None = None
-    mass: Num[Tensor, ""] | None = None
+    toward: Float[Tensor, ""] | None = None
+    sums: Sums | None = None
 
 
 class Objective(abc.ABC):
@@ -118,6 +123,11 @@ class Objective(abc.ABC):
         """
         return torch.ones_like(batch.prompt_length)
 
+    def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."] | None:
+        """What the loss of a whole batch divides by, with the noise that `__call__` would draw: batches of one step add up by it."""
+        mass = self.mass(spec, batch, self.show(batch, spec, generator, progress))
+        return None if mass is None else mass.sum()
+
     @abc.abstractmethod
     def loss(self, model: Transformer, batch: Batch, view: View) -> Loss:
         """The loss of one view: deterministic, compilable as one graph."""
@@ -136,29 +146,36 @@ class Objective(abc.ABC):
         teacher: Transformer | None = None,
         progress: float = 1.0,
         split: Split | None = None,
-        weighed: bool = False,
+        step: Num[Tensor, "..."] | None = None,
     ) -> Loss:
         """Corrupt, ask the teacher if there is one, and return the loss.
 
         loss: the compiled form of the method. teacher: a model of its own; None is `model` with its adapter off. progress: the share of
         the run that is over, for schedules. split: after the corruption of the whole batch the rest is done for this part of it.
-        weighed: the loss says its mass, so that batches can be added up (None where the objective divides by nothing).
+        step: if the batch is one of several of a step, the sum of their `divisor`s (None, too, where that is None).
         """
         view = self.show(batch, model.spec, generator, progress)
         share = mass = None
-        if split is not None or weighed:
+        if split is not None or step is not None:
             mass = self.mass(model.spec, batch, view)
             mass = None if mass is None else mass.to(view.weight.dtype)
         if split is not None:
             share = view.weight.new_ones(()) if mass is None else split.share(mass)
             batch, view = split.of(batch), split.of(view)
-        if self.needs_teacher:
-            from dllm_toolkit.training.lora import adapter_off
+        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))
+        toward = result.value if share is None else result.value * share
+        if step is not None and mass is not None:
+            toward = toward * ratio(mass.sum(), step)
+        return result._replace(share=share, toward=toward)
 
-            with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
-                view = self.teach(model if teacher is None else teacher, batch, view)
-        whole = mass.sum() if weighed and mass is not None else None
-        return (loss or self.loss)(model, batch, view)._replace(share=share, mass=whole)
+    def taught(self, model: Transformer, teacher: Transformer | None, batch: Batch, view: Drawn) -> Drawn:
+        """`view` with what the teacher says, if there is one: `teacher`, or the model with its adapter off."""
+        if not self.needs_teacher:
+            return view
+        from dllm_toolkit.training.lora import adapter_off
+
+        with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
+            return self.teach(model if teacher is None else teacher, batch, view)  # type: ignore[arg-type,return-value]
 
 
 declare("objective", Objective)
@@ -203,16 +220,18 @@ def normalise(
     none              the plain sum
     An empty selection gives 0 with its gradient graph intact.
     """
-    total = values * weight
-    if how == "none":
-        return total.sum()
-    if how == "sum_of_weights":
-        mass = weight.sum()
-        return total.sum() / torch.where(mass > 0, mass, 1.0)
-    counted = answer if how in ("answer_length", "batch_length") else weight > 0
-    if how in ("batch_length", "masked_count"):
-        return total.sum() / counted.sum().clamp(min=1)
-    return (total.sum(1) / counted.sum(1).clamp(min=1)).mean()
+    return ratio(*summed(values, weight, answer, how))
+
+
+def summed(
+    values: Float[Tensor, "B L"], weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser
+) -> tuple[Float[Tensor, ""], Num[Tensor, ""]]:
+    """The weighted sum that `normalise` divides, and what by; 0 is by nothing. Both add up over parts of a batch."""
+    total, mass = values * weight, mass_of(weight, answer, how)
+    if how in ("answer_length", "row_masked_count"):
+        counted = answer if how == "answer_length" else weight > 0
+        total = total.sum(1) / counted.sum(1).clamp(min=1)
+    return total.sum(), weight.new_zeros(()) if mass is None else mass.sum()
 
 
 def mass_of(weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser) -> Num[Tensor, "B"] | None:

@@ -88,7 +88,7 @@ class PairData(Data):
         for rows in self._rows.values():
             for row in rows:
                 written.update(repr(row).encode())
-        return f"{self!r} {written.hexdigest()}"
+        return f"{super().identity()} {written.hexdigest()}"
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self._tokenizer

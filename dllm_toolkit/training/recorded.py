@@ -90,7 +90,7 @@ class RecordedData(Data):
     def sources(self, device: torch.device, seed: int, rank: int = 0, world: int = 1) -> tuple[Source, Source]:
         splits: tuple[Split, Split] = ("train", "heldout")
         train, heldout = (self.rows(split) for split in splits)
-        few = min(self.batch_size, len(heldout["tokens"]))
+        few = min(self.batch_size * world, len(heldout["tokens"]))  # the batches of one process with as many rows
         return self._source(train, device, self.batch_size, seed, rank, world), self._source(heldout, device, few, seed, 0, 1)
 
     def _source(self, rows: dict[str, Tensor], device: torch.device, batch_size: int, seed: int, rank: int, world: int) -> Source:

@@ -39,11 +39,11 @@ class TrainerSettings:
     """How long, where and how precisely to train. The run ends at max_steps or max_minutes, whichever comes first.
 
     max_minutes: wall minutes of training, compilation and validation included, over all processes of a resumed run; the learning rate
-    anneals by the larger of step share and time share. accumulate: batches for each optimiser step. They add up to one larger batch (for
-    objectives that are sums of terms: to the mean of their losses). validate_every, checkpoint_every and log_every count optimiser steps;
-    validate_every 0 validates only at the end. devices: of this machine; under torchrun there is one for each process that it started, on
-    all machines. strategy: auto (ddp for several devices), ddp, ddp_find_unused_parameters_true, or fsdp (weights and the optimiser's
-    state are sharded). A batch of the data is one device's: n devices take steps of n batches.
+    anneals by the larger of step share and time share. accumulate: batches for each optimiser step, which add up to one larger batch.
+    validate_every, checkpoint_every and log_every count optimiser steps; validate_every 0 validates only at the end. devices: of this
+    machine; under torchrun there is one for each process that it started, on all machines. strategy: auto (ddp for several devices), ddp,
+    ddp_find_unused_parameters_true, or fsdp (weights and the optimiser's state are sharded). A batch of the data is one device's: n
+    devices take steps of n batches.
     """
 
     max_steps: int | None = None
@@ -146,8 +146,9 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     trainer = _trainer(recipe, built, checkpoint)
     if trainer.world_size > 1 and not built.objective.splits:
         raise ToolkitError(
-            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. The "
-            "parts of its loss do not add up over parts of a batch. Write devices: 1 under trainer, or objective: d2f or masked_diffusion."
+            f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. It has "
+            "a loss of its own, and nothing says how losses of parts of a batch add up (`Objective.splits`). Write devices: 1 under "
+            "trainer, or give its terms instead."
         )
     if trainer.is_global_zero:
         shared.claim(built.output, recipe)
@@ -175,6 +176,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     say(f"making {type(built.data).__name__} on {device}", trainer)
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
     say(f"{train.size}, {train.batches_per_epoch} batches an epoch", trainer)
+    module.upcoming = train.whole
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
             callback.examples = built.data.examples(callback.problems)

@@ -7,14 +7,21 @@ Every process gets the rows of all (ids are small), draws the noise of all from 
     process 1                 r3 r4 r5      loss l_1, share s_1
 
 The whole loss is s_0 l_0 + s_1 l_1. Averaging gradients as they come would weigh a process with few masked tokens like one with many.
+
+A loss of several terms divides each by a number of its own, and how many positions pass a gate is known only after the forward. Such a loss
+stays in sums (`Sums`) until the processes have told each other what they divide by, K C numbers:
+
+    process 0        n_0, d_0               of every term and copy
+    process 1        n_1, d_1               losses n_0 / (d_0 + d_1) and n_1 / (d_0 + d_1), which are added
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Rows = TypeVar("Rows", bound=tuple)
@@ -38,5 +45,34 @@ class Split:
 
     def share(self, mass: Tensor) -> Tensor:
         """This part's share of the sum of `mass` [B], what the whole loss is divided by; 0 if that is 0."""
-        whole = mass.sum()
-        return self._part(mass).sum() / torch.where(whole > 0, whole, 1)
+        return ratio(self._part(mass).sum(), mass.sum())
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of all parts' `numbers`, without gradient, the same in every process. All of them must ask for it."""
+        whole = numbers.detach().clone()
+        torch.distributed.all_reduce(whole)
+        return whole
+
+
+class Sums(NamedTuple):
+    """A loss before anything is divided: `over` and `under` of each of K terms on each of C copies, and of numbers for people.
+
+    Where `under` is 0 the sum is divided by nothing.
+    """
+
+    over: Float[Tensor, "K C"]
+    under: Float[Tensor, "K C"]
+    counts: dict[str, tuple[Tensor, Tensor]]
+
+    def of_all(self, split: Split) -> Sums:
+        """These sums over what all parts divide by: the values of the parts add up to those of the whole batch. One message."""
+        told = [under.to(self.under.dtype) for _, under in self.counts.values()]
+        whole = split.total(torch.cat((self.under.flatten(), torch.stack(told)) if told else (self.under.flatten(),)))
+        size = self.under.numel()
+        counts = {name: (over, under) for (name, (over, _)), under in zip(self.counts.items(), whole[size:], strict=True)}
+        return Sums(self.over, whole[:size].view_as(self.under), counts)
+
+
+def ratio(over: Tensor, under: Tensor) -> Tensor:
+    """over / under, and `over` where `under` is 0."""
+    return over / torch.where(under > 0, under, 1)

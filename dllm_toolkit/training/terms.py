@@ -8,7 +8,8 @@
     ReverseKL        T^2 KL(student || teacher)                         the same
     Certainty       entropy of softmax(logits / T)                      1 where the most probable token is the right one, else 0
 
-A copy is one noisy version of the batch: complementary masks make two. A term never calls the model and never sees a layout.
+A copy is one noisy version of the batch: complementary masks make two. A term never calls the model and never sees a layout. It is asked
+for a number of positions that have a weight, as if they were one row, in any order: what it says of one may depend on that one alone.
 
 References: D2F (arXiv 2508.09192), CD4LM (arXiv 2601.02236), dParallel (arXiv 2509.26488), LLaDA2.0's confidence-aware training
 (arXiv 2512.15745).
@@ -69,7 +70,7 @@ def interpolated(values: Sequence[int], progress: float) -> int:
 
 
 class Selected(NamedTuple):
-    """One copy of the batch as a term sees it. teacher_weight: None is `weight`."""
+    """Positions as a term sees them. teacher_weight: None is `weight`."""
 
     tokens: Int[Tensor, "B L"]
     weight: Float[Tensor, "B L"]
@@ -88,6 +89,10 @@ class Term(abc.ABC):
     @abc.abstractmethod
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         """Values and weights of every position."""
+
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+        """The weights, as far as they are known before the model is asked: what batches of one step weigh (training/composed.py)."""
+        return selected.weight
 
     def share_at(self, progress: float) -> float:
         """The factor of this term when a share `progress` of the run is over."""
@@ -116,7 +121,7 @@ class _Divergence(Term):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def _weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
         return selected.weight if selected.teacher_weight is None else selected.teacher_weight
 
 
@@ -126,7 +131,7 @@ class ForwardKL(_Divergence):
 
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         assert selected.teacher is not None
-        return self.temperature**2 * soft_cross_entropy(logits, selected.teacher, self.temperature), self._weight(selected)
+        return self.temperature**2 * soft_cross_entropy(logits, selected.teacher, self.temperature), self.known_weight(selected)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class ReverseKL(_Divergence):
 
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         assert selected.teacher is not None
-        return self.temperature**2 * reverse_kl(logits, selected.teacher, self.temperature), self._weight(selected)
+        return self.temperature**2 * reverse_kl(logits, selected.teacher, self.temperature), self.known_weight(selected)
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,10 @@ class Certainty(Term):
     """Entropy in nats of softmax(logits / T) where the most probable token is the clean one: be sure of what is right.
 
     The gate has no gradient, and the mean is over the positions that pass it. If none does, the term is 0.
+
+    How many pass is known only after the forward. Processes tell each other; of several batches of a step each has its own mean, which
+    counts as the batch's supervised positions do, so `accumulate` is one larger batch up to differences in the share that passes. With
+    `row_masked_count` every row has its own mean (0 if nothing passes), and there is no difference.
     """
 
     temperature: float = 1.0
@@ -153,6 +162,9 @@ class Certainty(Term):
     def __call__(self, logits: Float[Tensor, "B L V"], selected: Selected) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         right = (logits.detach().argmax(-1) == selected.tokens) & (selected.weight > 0)
         return entropy(logits, self.temperature), right.to(selected.weight.dtype)
+
+    def known_weight(self, selected: Selected) -> Float[Tensor, "B L"]:
+        return (selected.weight > 0).to(selected.weight.dtype)
 
 
 def entropy(logits: Float[Tensor, "B L V"], temperature: float = 1.0) -> Float[Tensor, "B L"]:

@@ -1,20 +1,28 @@
-"""How a D2F step is computed must not change it: chunks, checkpoints, half-precision weights; and what is refused.
+"""How a step is computed must not change it: chunks, checkpoints, half-precision weights; and what is refused.
 
 Tiles and compiled layers: tests/compile/test_training.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dllm_toolkit.models.transformer import Transformer, transformer
+from dllm_toolkit.training.composed import Composed, repeated
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.forward import Forward, ForwardError
-from dllm_toolkit.training.lora import Lora, inject
-from dllm_toolkit.training.objectives import D2FDistillation
+from dllm_toolkit.training.layouts import read_logits
+from dllm_toolkit.training.lora import Lora, adapter_off, inject
+from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion
+from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
+from dllm_toolkit.training.methods.diffullama import Adaptation
+from dllm_toolkit.training.methods.dscd import DSCD
+from dllm_toolkit.training.objectives import D2FDistillation, full_allow, normalise
+from dllm_toolkit.training.terms import Selected, teacher_gap
 
 BATCH = Batch(torch.randint(0, 59, (3, 40), generator=torch.Generator().manual_seed(0)), torch.tensor([4, 6, 12]), 24)
 
@@ -34,11 +42,60 @@ def student(dtype: torch.dtype = torch.float64, **settings: Any) -> Transformer:
     return model.train()
 
 
-def step(model: Transformer, objective: D2FDistillation) -> tuple[dict[str, float], torch.Tensor]:
-    loss = objective(model, BATCH, torch.Generator().manual_seed(1))
+def step(model: Transformer, objective: D2FDistillation | Composed) -> tuple[dict[str, float], torch.Tensor]:
+    loss = objective(model, BATCH, torch.Generator().manual_seed(1), progress=0.5)
     loss.value.backward()
-    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-    return {"loss": float(loss.value.detach()), **{name: float(value) for name, value in loss.metrics.items()}}, torch.cat(gradients)
+    return {"loss": float(loss.value.detach()), **{name: float(value) for name, value in loss.metrics.items()}}, gradient_of(model)
+
+
+def gradient_of(model: Transformer) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def by_definition(model: Transformer, objective: Composed) -> tuple[dict[str, float], torch.Tensor]:
+    """`step` of a sum of terms with the logits of every position, each copy's terms on the whole grid."""
+    view, count = objective.show(BATCH, model.spec, torch.Generator().manual_seed(1), 0.5), len(BATCH.tokens)
+    logits, told = read_logits(model, view.seen), None
+    if objective.needs_teacher:
+        with torch.no_grad(), adapter_off(model):
+            told = model.logits(view.hint, full_allow(repeated(BATCH, objective.copies)))
+    loss, found = torch.zeros(()), {}
+    for term, share in zip(objective.terms, view.shares, strict=True):
+        found[term.name] = torch.zeros(())
+        for start in range(0, count if term.first_only else len(view.tokens), count):
+            part = slice(start, start + count)
+            selected = Selected(BATCH.tokens, view.weight[part], None if told is None else told[part], view.teacher_weight[part])
+            found[term.name] = found[term.name] + normalise(*term(logits[part], selected), BATCH.answer, term.normaliser)
+        loss = loss + share * found[term.name]
+    target, supervised = repeated(BATCH, objective.copies).tokens, view.weight > 0
+    found["masked_accuracy"] = ((logits.argmax(-1) == target) & supervised).sum() / supervised.sum()
+    if told is not None:
+        counted = view.teacher_weight > 0
+        gap, agree = teacher_gap(logits, Selected(target, view.weight, told), 1.0)
+        found |= {"kl": gap[counted].mean(), "teacher_agreement": agree[counted].double().mean()}
+    loss.backward()
+    return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in found.items()}}, gradient_of(model)
+
+
+SUMS = [
+    DSCD(revealed="exclude"),
+    PseudoTrajectory((4, 8), order="random"),
+    BlockDiffusion(8, complementary=True, certainty=2.0),
+    Adaptation(anneal=0.9),
+]
+
+
+@pytest.mark.parametrize("objective", SUMS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_sum_of_terms_asks_for_the_logits_that_count_alone(objective: Composed, shift: int) -> None:
+    expected = by_definition(student(shift=shift), objective)
+    for forward in (Forward(checkpoint="layers", chunk=16), Forward(checkpoint="selective", chunk=400)):
+        model, asked = student(shift=shift), []
+        model.lm_head.register_forward_hook(lambda _, given, result, asked=asked: asked.append(len(given[0])))
+        values, gradient = step(model, replace(objective, forward=forward))
+        assert values == pytest.approx(expected[0], rel=1e-6) and torch.allclose(gradient, expected[1], rtol=1e-6, atol=1e-9)
+        # A chunk at a time, and twice where there are several; else in quarters of one. The teacher's are kept.
+        assert max(asked[objective.needs_teacher :]) <= (16 if forward.chunk == 16 else 200)
 
 
 @pytest.mark.parametrize("options", [{}, {"divergence": "reverse_kl", "temperature": 2.0}, {"self_align": False}], ids=str)
@@ -76,6 +133,8 @@ def test_what_cannot_be_computed_is_refused() -> None:
         Forward(chunk=0)
     with pytest.raises(ForwardError, match="Write attention"):
         step(student(), D2FDistillation(forward=Forward(attention="flex")))
+    with torch.no_grad(), pytest.raises(ForwardError, match="doubled row"):
+        BlockDiffusion(8, forward=Forward(attention="flex"))(student(), BATCH, torch.Generator())
     model = transformer(vocab_size=61, mask_id=60, eos_ids=[59], pad_id=59, width=32, layers=1, heads=2, max_positions=64)
     with pytest.raises(ForwardError, match="without lm_head"):
         step(inject(model, Lora(targets=("lm_head",))), D2FDistillation(block_length=8))
@@ -83,13 +142,11 @@ def test_what_cannot_be_computed_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "layers"])
-def test_compiled_tiles_give_the_dense_step_on_a_gpu(checkpoint: Any) -> None:
+@pytest.mark.parametrize("plain", [D2FDistillation(block_length=8), DSCD(), BlockDiffusion(8)], ids=lambda one: type(one).__name__)
+def test_compiled_tiles_give_the_dense_step_on_a_gpu(plain: D2FDistillation | Composed, checkpoint: Any) -> None:
     batch = Batch(BATCH.tokens.cuda(), BATCH.prompt_length.cuda(), BATCH.answer_length)
     found = []
-    for objective in (
-        D2FDistillation(block_length=8),
-        D2FDistillation(block_length=8, forward=Forward(checkpoint=checkpoint, chunk=16)).compiled(),
-    ):
+    for objective in (plain, replace(plain, forward=Forward(checkpoint=checkpoint, chunk=16)).compiled()):
         model = student(torch.float32).cuda()
         loss = objective(model, batch, torch.Generator("cuda").manual_seed(1)).value
         loss.backward()

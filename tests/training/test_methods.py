@@ -93,7 +93,7 @@ def test_what_every_method_promises(name) -> None:
     loss = objective(model, batch, seeded(3), teacher=teacher, progress=0.3)
     loss.value.backward()
     assert loss.value.isfinite() and model.embed.weight.grad.any() and teacher.embed.weight.grad is None
-    nothing = one._replace(weight=one.weight * 0, teacher_weight=one.weight * 0, teacher=torch.zeros(len(one.tokens), 22, 11))
+    nothing = one._replace(weight=one.weight * 0, teacher_weight=one.weight * 0, teacher=torch.zeros(one.tokens.numel(), 11))
     empty = objective.loss(model, batch, nothing)
     empty.value.backward()
     assert float(empty.value.detach()) == 0

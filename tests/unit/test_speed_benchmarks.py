@@ -91,6 +91,32 @@ def test_train_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert more["rows"] == 4 * same[0]["rows"] and result["lines"]["official"]["speed_up"] == 1.0
 
 
+def test_train_at_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published recipes through the ordinary run; a line that fails does not cost the next one."""
+    module = module_of(BENCHMARKS / "train_at_scale.py", monkeypatch)
+    train = module.run_training
+
+    def first_too_large(loaded: Any, built: Any) -> Any:
+        if type(built.objective).__name__ == "PseudoTrajectory":
+            raise MemoryError("out of memory")
+        return train(loaded, built)
+
+    monkeypatch.setattr(module, "run_training", first_too_large)
+    words = ("--tiny", "--steps", "2", "--warm-up", "1", "--peak", "1e9", "--recipes", "d3llm_llada", "dscd_llada")
+    result = module.main([*words, "--save", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(result))
+    failed, row = result["lines"]
+    assert failed["failed"] == "MemoryError: out of memory" and row["finite"] and row["mfu"] > 0
+    assert (row["rows"], row["length"], row["student_lanes"], row["teacher_lanes"]) == (1, 80, 80, 80)
+    layers, adapter = 2 * (4 * 32 * 32 + 3 * 32 * 64), 2 * 4 * (4 * 64 + 3 * 96)
+    least, most_logits, most_pairs = 80 * (6 * layers + 6 * adapter), 6 * 400 * 32 * 80, 4 * 4 * 32 * 2 * 80 * 80
+    assert row["trained_parameters"] == adapter and least < row["tflop"] * 1e12 < least + most_logits + most_pairs
+    assert module.main(["--markdown", str(tmp_path / "train_at_scale.json")]) == json.loads(json.dumps(result))
+    assert "| `dscd_llada` | 1 x 80 | 80 + 80 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nowhere"):
+        module.main(["--tiny", "--recipes", "nowhere.yaml"])
+
+
 def test_results_are_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"prompt": 8, "new-tokens": 16, "block": 4, "vocabulary": 40, "steps": 3, "rows": 1}
     given = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]

@@ -16,7 +16,7 @@ parallel training (arXiv 2512.15745); progressive blocks (arXiv 2602.09555).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,10 +27,13 @@ from dllm_toolkit.ops.masks import answer_blocks
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.layouts import Doubled
 from dllm_toolkit.training.objectives import Normaliser
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Term, check_blocks, stage
 from dllm_toolkit.types import ModelSpec
+
+PLAIN = Forward()
 
 
 @register("objective", "bd3lm")
@@ -84,18 +87,24 @@ class BlockDiffusion(Composed):
 
 
 @register("objective", "sdar")
-def sdar(block_length: int | tuple[int, ...] = 16) -> BlockDiffusion:
+def sdar(block_length: int | tuple[int, ...] = 16, forward: Forward = PLAIN) -> BlockDiffusion:
     """SDAR (arXiv 2510.06303): one masking rate a row; with a ladder of block lengths, progressive training (arXiv 2602.09555)."""
-    return BlockDiffusion(block_length, level="row")
+    return BlockDiffusion(block_length, level="row", forward=forward)
 
 
 @register("objective", "fast_dllm_v2")
-def fast_dllm_v2(block_length: int | tuple[int, ...] = 16, first_token: Literal["clean", "noisy"] = "clean") -> BlockDiffusion:
+def fast_dllm_v2(
+    block_length: int | tuple[int, ...] = 16, first_token: Literal["clean", "noisy"] = "clean", forward: Forward = PLAIN
+) -> BlockDiffusion:
     """Fast-dLLM v2 (arXiv 2509.26328): complementary masks and unweighted cross-entropy, from an autoregressive model with its shift."""
-    return BlockDiffusion(block_length, 0.0, complementary=True, weight="one", normaliser="masked_count", first_token=first_token)
+    both = BlockDiffusion(block_length, 0.0, complementary=True, weight="one", normaliser="masked_count", forward=forward)
+    return replace(both, first_token=first_token)
 
 
 @register("objective", "cap")
-def cap(block_length: int | tuple[int, ...] = 16, certainty: float = 2.0, minimum: float = 0.3, maximum: float = 0.8) -> BlockDiffusion:
+def cap(
+    block_length: int | tuple[int, ...] = 16, certainty: float = 2.0, minimum: float = 0.3, maximum: float = 0.8, forward: Forward = PLAIN
+) -> BlockDiffusion:
     """Confidence-aware parallel training (LLaDA2.0, arXiv 2512.15745): be right, and be sure where you are right."""
-    return BlockDiffusion(block_length, minimum, maximum, complementary=True, weight="one", normaliser="masked_count", certainty=certainty)
+    both = BlockDiffusion(block_length, minimum, maximum, complementary=True, weight="one", normaliser="masked_count", forward=forward)
+    return replace(both, certainty=certainty)

@@ -5,7 +5,8 @@
     loss = (CE(hidden) + CE(shown, hidden in turn) + w H_T(hidden, where right) [+ w H_T(shown ...)]) / 4
 
 Only the order comes from the trajectory (`Batch.step_map`), so any block length can be trained on one recording; several are interpolated
-over the run. `order: random` is dParallel with a varying ratio, `both_certain` the Dream variant.
+over the run. `order: random` is dParallel with a varying ratio, `both_certain` the Dream variant. Published was a mean of the means of 16
+batches of 4 rows with one ratio a batch; rows have ratios of their own here, and `normaliser: row_masked_count` gives each the same weight.
 
 Reference: d3LLM, arXiv 2601.07568.
 """
@@ -25,6 +26,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.methods.dparallel import active_block, complementary
+from dllm_toolkit.training.objectives import Normaliser
 from dllm_toolkit.training.recorded import require_steps
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Ramp, Term, check_blocks, check_temperature, interpolated
 from dllm_toolkit.types import ModelSpec
@@ -42,6 +44,7 @@ class PseudoTrajectory(Composed):
     temperature: float = 0.5
     both_certain: bool = False
     order: Literal["trajectory", "random"] = "trajectory"
+    normaliser: Normaliser = "masked_count"
 
     copies = 2
 
@@ -56,8 +59,9 @@ class PseudoTrajectory(Composed):
 
     @property
     def terms(self) -> tuple[Term, ...]:  # type: ignore[override]
-        sure = Certainty(share=self.certainty / 4, temperature=self.temperature, first_only=not self.both_certain)
-        return CrossEntropy(share=0.25), sure
+        how, first_only = self.normaliser, not self.both_certain
+        sure = Certainty(share=self.certainty / 4, normaliser=how, temperature=self.temperature, first_only=first_only)
+        return CrossEntropy(share=0.25, normaliser=how), sure
 
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         lengths = self.block_length if isinstance(self.block_length, tuple) else (self.block_length,)

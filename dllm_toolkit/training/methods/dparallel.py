@@ -7,6 +7,10 @@
 Meant for answers that the model wrote itself (training/recorded.py). beta: 2 for LLaDA, 1 for Dream, whose block is the whole answer
 (`block_length: 0`). The released loop overwrites the masks of a batch with those of its last row; here every row has its own.
 
+The means are over all positions of a step, whatever its batches and processes. Published was the mean of 64 rows' own means (one row a
+batch, 8 batches, 8 devices, each divided by its own counts): that is `normaliser: row_masked_count`, with any batch size, and exact for the
+entropy too.
+
 Reference: dParallel, arXiv 2509.26488.
 """
 
@@ -23,6 +27,7 @@ from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.objectives import Normaliser
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Term, check_blocks, check_temperature
 from dllm_toolkit.types import ModelSpec
 
@@ -30,12 +35,16 @@ from dllm_toolkit.types import ModelSpec
 @register("objective", "dparallel")
 @dataclass(frozen=True)
 class CertaintyForcing(Composed):
-    """Certainty-forcing distillation (dParallel, arXiv 2509.26488). block_length 0: the whole answer is one block."""
+    """Certainty-forcing distillation (dParallel, arXiv 2509.26488). block_length 0: the whole answer is one block.
+
+    normaliser: of both terms, see `normalise`.
+    """
 
     block_length: int = 16
     ratio: float = 0.5
     beta: float = 2.0
     temperature: float = 0.5
+    normaliser: Normaliser = "masked_count"
 
     copies = 2
 
@@ -46,7 +55,10 @@ class CertaintyForcing(Composed):
 
     @property
     def terms(self) -> tuple[Term, ...]:  # type: ignore[override]
-        return CrossEntropy(), Certainty(share=self.beta, temperature=self.temperature)
+        return (
+            CrossEntropy(normaliser=self.normaliser),
+            Certainty(share=self.beta, normaliser=self.normaliser, temperature=self.temperature),
+        )
 
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         active, after = active_block(batch, self.block_length or batch.answer_length, generator)

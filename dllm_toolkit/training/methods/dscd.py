@@ -69,7 +69,8 @@ class DSCD(Composed):
         view = super().teach(model, batch, view)
         if self.revealed != "onehot":
             return view
-        assert view.teacher is not None
-        known = (view.hint == batch.tokens).unsqueeze(-1)  # nothing else can be hidden: the mask token is no token of a text
-        sure = 1e4 * F.one_hot(batch.tokens, view.teacher.shape[-1]).to(view.teacher.dtype)
+        assert view.teacher is not None and view.rows is not None
+        target, hint = batch.tokens.flatten()[view.rows], view.hint.flatten()[view.rows]
+        known = (hint == target).unsqueeze(-1)  # nothing else can be hidden: the mask token is no token of a text
+        sure = 1e4 * F.one_hot(target, view.teacher.shape[-1]).to(view.teacher.dtype)
         return view._replace(teacher=torch.where(known, sure, view.teacher))
