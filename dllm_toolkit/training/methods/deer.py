@@ -32,7 +32,8 @@ class CutOff(Layout):
     """Everybody sees the row up to where it was cut off, which is where its tokens are negative."""
 
     def __call__(self, batch: Batch, tokens: torch.Tensor, shift: int, generator: torch.Generator) -> Seen:
-        return single(tokens.clamp(min=0), masks.block_causal((~batch.inside | (tokens < 0)).long()), shift)
+        gone = (~batch.inside | (tokens < 0)).long()
+        return single(tokens.clamp(min=0), masks.block_causal(gone), shift, gone)
 
 
 @register("objective", "deer_continuation")
@@ -75,5 +76,5 @@ class Continuation(Composed):
 
 @register("objective", "deer_refinement")
 def deer_refinement(separator: int | None = None, longest: int = 96, base: float = 1.01) -> Continuation:
-    """Stage 2 of DEER's drafter (arXiv 2512.15176): short runs from masks alone, and most weight on what is verified first."""
+    """Stage 2 of DEER's drafter (arXiv 2512.15176): stage 1 with `minimum: 1`, short runs, and most weight on what is verified first."""
     return Continuation(separator, longest, minimum=1.0, base=base)
