@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -166,12 +166,12 @@ class ActiveBlock(Corruptor):
 
 
 def _by_block(
-    batch: Batch, block_length: int, generator: torch.Generator, levels: Callable[..., Float[Tensor, "B N"]], **interval: float
+    batch: Batch, block_length: int, generator: torch.Generator, levels: Callable[..., Float[Tensor, "B N"]], **settings: Any
 ) -> Corruption:
     """Bernoulli masks at each block's level, weight 1 / level. levels: draws them for so many rows and blocks."""
     blocks = -(-batch.answer_length // block_length)
     block = answer_blocks(batch.prompt_length, batch.tokens.shape[1], block_length)
-    level = corrupt.spread(levels(len(batch.tokens), blocks, generator, **interval), block)
+    level = corrupt.spread(levels(len(batch.tokens), blocks, generator, **settings), block)
     masked = corrupt.bernoulli(level, batch.answer, generator)
     return Corruption(masked, masked / torch.where(masked, level, 1.0))
 

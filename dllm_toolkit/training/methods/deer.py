@@ -32,7 +32,8 @@ class CutOff(Layout):
     """Everybody sees the row up to where it was cut off, which is where its tokens are negative."""
 
     def __call__(self, batch: Batch, tokens: torch.Tensor, shift: int, generator: torch.Generator) -> Seen:
-        return single(tokens.clamp(min=0), masks.block_causal((~batch.inside | (tokens < 0)).long()), shift)
+        gone = (~batch.inside | (tokens < 0)).long()
+        return single(tokens.clamp(min=0), masks.block_causal(gone), shift, gone)
 
 
 @register("objective", "deer_continuation")
@@ -63,17 +64,17 @@ class Continuation(Composed):
 
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         rows, answer, text = len(batch.tokens), batch.answer_length, batch.text(spec.eos_ids)
-        begin = (corrupt.draw((rows, 1), generator) * text.sum(1, keepdim=True)).long()
-        cut = begin + corrupt.count_from_level(corrupt.draw((rows, 1), generator), (answer - begin).clamp(max=self.longest or answer))
-        offset = torch.arange(batch.tokens.shape[1], device=begin.device) - batch.prompt_length.unsqueeze(1)
+        begin = (corrupt.draw((rows,), generator) * text.sum(1)).long()
+        length = corrupt.count_from_level(corrupt.draw((rows,), generator), (answer - begin).clamp(max=self.longest or answer)).unsqueeze(1)
+        place = torch.arange(text.shape[1], device=text.device) - (batch.prompt_length + begin).unsqueeze(1)  # 0: the run's first token
         level = self.minimum + (1.0 - self.minimum) * corrupt.uniform_levels(rows, generator).unsqueeze(1)
-        masked = corrupt.bernoulli(level, (offset >= begin) & (offset < cut), generator)
-        weight = (masked & text) / level * self.base ** ((cut - 1 - offset) * masked)
-        tokens = batch.tokens.masked_fill(masked, spec.mask_id).masked_fill(batch.answer & (offset >= cut), -1)
-        return [Copy(tokens if self.separator is None else tokens.masked_fill(batch.answer & (offset == cut), self.separator), weight)]
+        masked = corrupt.bernoulli(level, (place >= 0) & (place < length), generator)
+        weight = (masked & text) / level * self.base ** ((length - 1 - place) * masked)
+        tokens = batch.tokens.masked_fill(masked, spec.mask_id).masked_fill(batch.answer & (place >= length), -1)
+        return [Copy(tokens if self.separator is None else tokens.masked_fill(batch.answer & (place == length), self.separator), weight)]
 
 
 @register("objective", "deer_refinement")
 def deer_refinement(separator: int | None = None, longest: int = 96, base: float = 1.01) -> Continuation:
-    """Stage 2 of DEER's drafter (arXiv 2512.15176): short runs from masks alone, and most weight on what is verified first."""
+    """Stage 2 of DEER's drafter (arXiv 2512.15176): stage 1 with `minimum: 1`, short runs, and most weight on what is verified first."""
     return Continuation(separator, longest, minimum=1.0, base=base)
