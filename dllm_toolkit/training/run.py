@@ -21,6 +21,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
+from dllm_toolkit.training.checkpoint import digest, frozen, resumed
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
 from dllm_toolkit.training.export import export, write_training_card
@@ -143,7 +144,8 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     shared.check_export(recipe, built.export)
     model = _prepare(recipe, built)
     teacher = _teacher(recipe, built, model)
-    trainer = _trainer(recipe, built, checkpoint)
+    base = digest(frozen(model))
+    trainer = _trainer(recipe, built, resumed(checkpoint, model, base))
     if trainer.world_size > 1 and not built.objective.splits:
         raise ToolkitError(
             f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. It has "
@@ -171,6 +173,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         compile=compile,
         seed=built.seed,
         teacher=teacher,
+        base=base,
     )
     device = trainer.strategy.root_device
     say(f"making {type(built.data).__name__} on {device}", trainer)
@@ -236,13 +239,7 @@ def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transf
     return teacher.float().eval().requires_grad_(False)
 
 
-def _resumed_step(checkpoint: Path | None) -> int | None:
-    if checkpoint is None:
-        return None
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] + 1
-
-
-def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.Trainer:
+def _trainer(recipe: Recipe, built: TrainRecipe, resumed: int | None) -> pl.Trainer:
     settings = built.trainer
     # Lightning's own lines (devices found, tips) say nothing about the run.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -272,7 +269,7 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
             # What a killed process logged beyond its last checkpoint is trained and logged again.
-            logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version="", purge_step=_resumed_step(checkpoint)),
+            logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version="", purge_step=resumed),
             callbacks=[Throughput(built.output / "metrics.jsonl", settings.log_every), *built.callbacks, saver],
             default_root_dir=built.output,
             enable_progress_bar=False,
@@ -353,6 +350,7 @@ def _finish(
             "data": repr(built.data),
             "objective": repr(built.objective),
             "steps": trainer.global_step,
+            "skipped_steps": module.skipped_steps,
             "sequences": sequences,
             "rows": train.size,
             "lanes": lanes,
