@@ -32,7 +32,7 @@ def digest(weights: Mapping[str, Tensor]) -> str | None:
 
     def one(name: str) -> bytes:
         value = weights[name]
-        data = value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        data = value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         return hashlib.sha256(f"{name} {value.dtype} {list(value.shape)} {hashlib.sha256(data).hexdigest()}".encode()).digest()
 
     if not weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +153,6 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
             "a loss of its own, and nothing says how losses of parts of a batch add up (`Objective.splits`). Write devices: 1 under "
             "trainer, or give its terms instead."
         )
-    if trainer.is_global_zero:
-        shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
@@ -179,6 +178,8 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     say(f"making {type(built.data).__name__} on {device}", trainer)
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
     say(f"{train.size}, {train.batches_per_epoch} batches an epoch", trainer)
+    if trainer.is_global_zero:  # data may be refused too: a store of other answers, a file without rows
+        shared.claim(built.output, recipe)
     module.upcoming = train.whole
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
@@ -196,6 +197,7 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
         built.objective.check(model)
     with placed(recipe, "data"):
         built.data.check(model.spec.max_positions)
+        shared.check_words(model, built.data.tokenizer())
     if model.tokenizer is None:
         model.tokenizer = built.data.tokenizer()
     if len(built.data.tokenizer()) > model.spec.vocab_size:
@@ -314,11 +316,18 @@ def _finish(
             module.validation_step(batch, number)
         module.on_validation_epoch_end()
     assert module.last_loss is not None and module.validation_loss is not None
+    skipped = module.skipped_steps
     say(
         f"step {trainer.global_step}: train loss {float(module.last_loss):.4f}, validation loss {module.validation_loss:.4f}, "
-        f"{module.seconds:.0f} s",
+        f"{module.seconds:.0f} s" + (f", {skipped} steps skipped: their gradient was NaN or infinite" if skipped else ""),
         trainer,
     )
+    if 0 < skipped == trainer.global_step or not math.isfinite(module.validation_loss):
+        raise TrainError(
+            f"the run has no result, got validation loss {module.validation_loss:.4g} after {trainer.global_step} steps, {skipped} of them "
+            "skipped. It has diverged, or the data or the first weights hold NaN; nothing was exported. Look at the loss in metrics.jsonl, "
+            "and write a smaller optimizer.learning_rate and another output."
+        )
     if built.export is None:
         return
     with module.averaged() as model:
@@ -350,7 +359,7 @@ def _finish(
             "data": repr(built.data),
             "objective": repr(built.objective),
             "steps": trainer.global_step,
-            "skipped_steps": module.skipped_steps,
+            "skipped_steps": skipped,
             "sequences": sequences,
             "rows": train.size,
             "lanes": lanes,
