@@ -20,13 +20,13 @@ from dllm_toolkit.models.base import Model
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training import shared
+from dllm_toolkit.training.base import Objective
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
 from dllm_toolkit.training.export import export, write_training_card
 from dllm_toolkit.training.lora import Lora
 from dllm_toolkit.training.module import DiffusionModule
-from dllm_toolkit.training.objectives import D2FDistillation, Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.shared import TrainError, placed, say
 from dllm_toolkit.training.split import Split
@@ -117,7 +117,7 @@ class TrainRecipe:
                 f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
                 "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
             )
-        if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
+        if getattr(self.objective, "one_head", False) and self.lora is not None and "lm_head" in self.lora.targets:
             raise TrainError(
                 f"the LM head must be the same for teacher and student, got lora.targets {list(self.lora.targets)}. The loss compares "
                 "hidden states under one head. Write lora.targets without lm_head."

@@ -27,7 +27,7 @@ from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.objectives import Normaliser
+from dllm_toolkit.training.losses import Normaliser
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Term, check_blocks, check_temperature
 from dllm_toolkit.types import ModelSpec
 

@@ -1,0 +1,78 @@
+"""What losses are made of: divergences of logits in float32 or wider, and what a weighted sum of them is divided by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+from dllm_toolkit.training.split import ratio
+
+Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
+
+
+def wide(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least float32: bf16 log-softmax loses the tail that a distillation loss is about."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(logits: Float[Tensor, "B L V"], target: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """-log p(target) of every position, float32 or wider."""
+    return F.cross_entropy(wide(logits).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+
+
+def soft_cross_entropy(student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"], temperature: float = 1.0) -> Float[Tensor, "B L"]:
+    """-sum p_teacher log p_student: the forward KL(teacher || student) plus the teacher's entropy, which has no gradient."""
+    target = (wide(teacher) / temperature).softmax(-1).detach()
+    return -(target * (wide(student) / temperature).log_softmax(-1)).sum(-1)
+
+
+def reverse_kl(student: Float[Tensor, "B L V"], teacher: Float[Tensor, "B L V"], temperature: float = 1.0) -> Float[Tensor, "B L"]:
+    """KL(student || teacher) = sum p_student (log p_student - log p_teacher): D2F's Eq. 3 as printed."""
+    log_student = (wide(student) / temperature).log_softmax(-1)
+    log_teacher = (wide(teacher) / temperature).log_softmax(-1).detach()
+    return (log_student.exp() * (log_student - log_teacher)).sum(-1)
+
+
+def normalise(
+    values: Float[Tensor, "B L"],
+    weight: Float[Tensor, "B L"],
+    answer: Bool[Tensor, "B L"],
+    how: Normaliser,
+) -> Float[Tensor, ""]:
+    """Weighted sum of per-position values, divided as named. The choice changes the objective, not only its scale.
+
+    answer_length     each row by its answer length (EOS padding included), mean of the rows: LLaDA's fine-tuning, the bound per token
+    batch_length      everything by the number of answer positions in the batch (equal to the former when all answers are equally long)
+    masked_count      everything by the number of supervised positions in the batch: D2F's code
+    row_masked_count  each row by its supervised positions, mean of the rows; with weight 1/t about ln L times the bound
+    sum_of_weights    everything by the sum of the weights
+    none              the plain sum
+    An empty selection gives 0 with its gradient graph intact.
+    """
+    return ratio(*summed(values, weight, answer, how))
+
+
+def summed(
+    values: Float[Tensor, "B L"], weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser
+) -> tuple[Float[Tensor, ""], Num[Tensor, ""]]:
+    """The weighted sum that `normalise` divides, and what by; 0 is by nothing. Both add up over parts of a batch."""
+    total, mass = values * weight, mass_of(weight, answer, how)
+    if how in ("answer_length", "row_masked_count"):
+        counted = answer if how == "answer_length" else weight > 0
+        total = total.sum(1) / counted.sum(1).clamp(min=1)
+    return total.sum(), weight.new_zeros(()) if mass is None else mass.sum()
+
+
+def mass_of(weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser) -> Num[Tensor, "B"] | None:
+    """Each row's part of what `normalise` divides by; None where it divides by nothing."""
+    if how == "none":
+        return None
+    if how == "sum_of_weights":
+        return weight.sum(1)
+    if how in ("answer_length", "row_masked_count"):
+        return torch.ones_like(weight[:, 0])
+    return (answer if how == "batch_length" else weight > 0).sum(1)
