@@ -30,7 +30,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import corrupt
 from dllm_toolkit.ops.masks import block_diffusion
 from dllm_toolkit.registry import declare, register
-from dllm_toolkit.training.layouts import Own, model_blocks, read_logits
+from dllm_toolkit.training.layouts import Own, model_blocks
 from dllm_toolkit.training.losses import wide
 from dllm_toolkit.training.rollouts import Rollouts
 from dllm_toolkit.types import ModelSpec
@@ -204,7 +204,7 @@ def view_logits(model: Transformer, seen: Int[Tensor, "B L"], rollouts: Rollouts
     """Logits of views, one for each row of `rollouts`, under the model's own attention rule."""
     spec, batch = model.spec, rollouts.batch
     if not doubled:
-        return read_logits(model, Own(spec)(batch, seen, spec.shift))
+        return model.logits(seen, Own(spec)(batch, seen, spec.shift).allow)
     length = seen.shape[1]
     block, place = model_blocks(batch, spec), torch.arange(length, device=seen.device)
     both, places = torch.cat((seen, rollouts.tokens), dim=1), torch.cat((place, place))
