@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -94,9 +94,10 @@ class Composed(Objective):
 
     def drawn(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         """What `noise` says, be it a method or a corruptor."""
-        if isinstance(self.noise, Corruptor):
-            return [hidden(batch, spec, *self.noise(batch, generator))]
-        return self.noise(batch, spec, generator, progress)
+        noise: Any = self.noise
+        if isinstance(noise, Corruptor):
+            return [hidden(batch, spec, *noise(batch, generator))]
+        return noise(batch, spec, generator, progress)
 
     def layout(self, progress: float) -> Layout:
         """How the student reads them."""
