@@ -39,7 +39,7 @@ from dllm_toolkit.training.base import Loss, Objective, ObjectiveError
 from dllm_toolkit.training.corruptors import Batch, Corruptor
 from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.layouts import Full, Layout, Seen, full_blocks
-from dllm_toolkit.training.losses import mass_of, summed
+from dllm_toolkit.training.losses import summed
 from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.training.terms import ForwardKL, ReverseKL, Selected, Term, teacher_gap
 from dllm_toolkit.types import Attention, ModelSpec
@@ -133,9 +133,8 @@ class Composed(Objective):
     def check_rows(self, answer_lengths: Sequence[int]) -> None:
         sizes = {self.layout(step / 100).block_length() for step in range(101)}  # of all stages
         for length in answer_lengths:
-            for block in sizes - {None}:
-                assert block is not None
-                if length % block:
+            for block in sizes:
+                if block is not None and length % block:
                     raise ObjectiveError(
                         f"blocks of {block} tokens do not divide an answer of {length}. The last block would be cut short, and no decode "
                         f"ends there. Write an answer_length that is a multiple of {block}, or another block_length."
@@ -192,12 +191,12 @@ class Composed(Objective):
         """What each term divides by on each copy, as far as it is known before the model is asked; 0 where that is nothing."""
         if not self.splits:
             return torch.ones_like(batch.prompt_length).sum()
-        answer, numbers = batch.answer, []
+        answer, under = batch.answer, []
         for term in self.terms:
             for copy in copies:
-                mass = mass_of(term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
-                numbers.append(copy.weight.new_zeros(()) if mass is None else mass.sum().to(copy.weight.dtype))
-        return torch.stack(numbers).view(len(self.terms), len(copies))
+                weight = term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight))
+                under.append(summed(weight, weight, answer, term.normaliser)[1])
+        return torch.stack(under).view(len(self.terms), len(copies))
 
     def __call__(
         self,
@@ -250,14 +249,11 @@ class Composed(Objective):
         for number, term in enumerate(self.terms):
             values, weight = rest[2 * number : 2 * number + 2]
             for start in range(0, len(view.tokens), count):
-                if term.first_only and start:
-                    over.append(torch.zeros_like(over[-1]))
-                    under.append(torch.zeros_like(under[-1]))
-                    continue
                 part = slice(start, start + count)
-                value, mass = summed(values[part], weight[part], answer, term.normaliser)
+                kept = torch.zeros_like(weight[part]) if term.first_only and start else weight[part]
+                value, mass = summed(values[part], kept, answer, term.normaliser)
                 over.append(value)
-                under.append(mass.to(view.weight.dtype))
+                under.append(mass)
         if view.teacher is not None:
             gap, agree = rest[-2:]
             counted = view.teacher_weight > 0

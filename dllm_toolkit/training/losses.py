@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_toolkit.training.split import ratio
@@ -58,21 +58,10 @@ def normalise(
 
 def summed(
     values: Float[Tensor, "B L"], weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser
-) -> tuple[Float[Tensor, ""], Num[Tensor, ""]]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The weighted sum that `normalise` divides, and what by; 0 is by nothing. Both add up over parts of a batch."""
-    total, mass = values * weight, mass_of(weight, answer, how)
+    total, counted = values * weight, weight > 0 if how in ("masked_count", "row_masked_count") else answer
     if how in ("answer_length", "row_masked_count"):
-        counted = answer if how == "answer_length" else weight > 0
-        total = total.sum(1) / counted.sum(1).clamp(min=1)
-    return total.sum(), weight.new_zeros(()) if mass is None else mass.sum()
-
-
-def mass_of(weight: Float[Tensor, "B L"], answer: Bool[Tensor, "B L"], how: Normaliser) -> Num[Tensor, "B"] | None:
-    """Each row's part of what `normalise` divides by; None where it divides by nothing."""
-    if how == "none":
-        return None
-    if how == "sum_of_weights":
-        return weight.sum(1)
-    if how in ("answer_length", "row_masked_count"):
-        return torch.ones_like(weight[:, 0])
-    return (answer if how == "batch_length" else weight > 0).sum(1)
+        return (total.sum(1) / counted.sum(1).clamp(min=1)).sum(), torch.ones_like(weight[:, 0]).sum()
+    under = torch.zeros_like(weight) if how == "none" else weight if how == "sum_of_weights" else counted
+    return total.sum(), under.sum(1).sum().to(weight.dtype)

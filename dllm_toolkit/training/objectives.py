@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,17 +149,9 @@ class D2FDistillation(Composed):
         (copy,) = super().drawn(batch, spec, generator, progress)
         return [copy if self.weighted else copy._replace(weight=(copy.weight > 0).to(copy.weight.dtype))]
 
-    def found(
-        self,
-        model: Transformer,
-        measure: Callable[..., tuple[Tensor, ...]],
-        asked: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        teacher_weight: Tensor,
-        teacher: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def found(self, model: Transformer, measure: Callable[..., tuple[Tensor, ...]], *columns: Any) -> tuple[Tensor, ...]:
         """What `measure` would say of the one term, with its gradient at once: no chunk of logits is kept, or computed again."""
+        asked, target, weight, _, teacher = columns
         if teacher is None:
             one = self.forward.cross_entropy(model, asked, target)
             return one.guess, one.value, weight

@@ -24,9 +24,9 @@ from torch import Tensor
 from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy
-from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.corruptors import Batch, active_block
 from dllm_toolkit.training.losses import Normaliser
-from dllm_toolkit.training.methods.dparallel import active_block, complementary
+from dllm_toolkit.training.methods.dparallel import complementary
 from dllm_toolkit.training.recorded import require_steps
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Ramp, Term, check_blocks, check_temperature, interpolated
 from dllm_toolkit.types import ModelSpec
