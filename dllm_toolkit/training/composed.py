@@ -35,11 +35,11 @@ from torch import Tensor, nn
 
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Transformer
-from dllm_toolkit.training.base import Loss, Objective, ObjectiveError
+from dllm_toolkit.registry import declare
 from dllm_toolkit.training.corruptors import Batch, Corruptor
 from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.layouts import Full, Layout, Seen, full_blocks
-from dllm_toolkit.training.losses import summed
+from dllm_toolkit.training.losses import Loss, ObjectiveError, summed
 from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.training.terms import ForwardKL, ReverseKL, Selected, Term, teacher_gap
 from dllm_toolkit.types import Attention, ModelSpec
@@ -72,7 +72,7 @@ class Shown(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Composed(Objective):
+class Composed(abc.ABC):
     """An objective that is a sum of terms over noisy copies of the batch.
 
     forward: how its passes are computed (training/forward.py); it does not change the loss.
@@ -109,20 +109,30 @@ class Composed(Objective):
 
     @property
     def splits(self) -> bool:
+        """Whether parts of a batch add up to the whole, so that several processes can share one."""
         return type(self).loss is Composed.loss  # nobody knows the sums of another one
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a frozen teacher is asked for each batch."""
         return any(isinstance(term, ForwardKL | ReverseKL) for term in self.terms)
 
     @property
     def takes_teacher(self) -> bool:
+        """Whether the teacher may be a model of its own."""
         return not self.one_head
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the rows must say at which step of a decode each token was decided."""
+        return False
+
     def decodes(self) -> tuple[Attention, int | None] | None:
+        """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
         return self.layout(1.0).decodes()
 
     def check(self, model: Transformer) -> None:
+        """Raise ObjectiveError if `model` cannot be trained this way."""
         spec = model.spec
         if spec.mask_id >= spec.vocab_size:
             raise ObjectiveError(
@@ -131,6 +141,7 @@ class Composed(Objective):
             )
 
     def check_rows(self, answer_lengths: Sequence[int]) -> None:
+        """Raise ObjectiveError if answers of these lengths, in tokens, cannot be trained on."""
         sizes = {self.layout(step / 100).block_length() for step in range(101)}  # of all stages
         for length in answer_lengths:
             for block in sizes:
@@ -141,6 +152,7 @@ class Composed(Objective):
                     )
 
     def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        """Query tokens of student and teacher for one row of `length` tokens: what a step costs, whatever the machine."""
         student = self.layout(1.0).lanes(length, answer_length)
         return self.copies * student, self.copies * length if self.needs_teacher else 0
 
@@ -162,7 +174,7 @@ class Composed(Objective):
         )
 
     def compiled(self) -> Callable[..., Loss]:
-        """One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
+        """The same, fast. One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
         fast = replace(self, forward=replace(self.forward, compile=True))
         if type(self).loss is not Composed.loss:  # which need not ask for `measure`
             return fast
@@ -185,6 +197,7 @@ class Composed(Objective):
             return self.teach(model if teacher is None else teacher, batch, view)
 
     def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."]:
+        """What the loss of a whole batch divides by, with the noise that `__call__` would draw: batches of one step add up by it."""
         return self.known(batch, self.drawn(batch, spec, generator, progress))
 
     def known(self, batch: Batch, copies: Sequence[Copy]) -> Num[Tensor, "..."]:
@@ -210,7 +223,12 @@ class Composed(Objective):
         split: Split | None = None,
         step: Num[Tensor, "..."] | None = None,
     ) -> Loss:
-        """See `Objective`. loss: what is called instead of the method of that name, where it is compiled."""
+        """Draw what the model sees, ask the teacher if there is one, and return the loss.
+
+        loss: what is called instead of the method of that name, where it is compiled. teacher: a model of its own; None is `model` with
+        its adapter off. progress: the share of the run that is over, for schedules. split: after the noise of the whole batch the rest
+        is done for this part of it. step: if the batch is one of several of a step, the sum of their `divisor`s.
+        """
         copies = self.drawn(batch, model.spec, generator, progress)
         known = None if step is None else self.known(batch, copies)
         if split is not None:
@@ -300,6 +318,9 @@ class Composed(Objective):
 
     def _rows(self, model: Transformer, view: Shown) -> Int[Tensor, "N"]:
         return self.forward.rows(model, (view.weight > 0) | (view.teacher_weight > 0), parts=4) if view.rows is None else view.rows
+
+
+declare("objective", Composed)
 
 
 def repeated(batch: Batch, times: int) -> Batch:

@@ -1,17 +1,36 @@
-"""What losses are made of: divergences of logits in float32 or wider, and what a weighted sum of them is divided by."""
+"""What losses are: divergences of logits in float32 or wider, what a weighted sum of them is divided by, and what comes out."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_toolkit.training.split import ratio
+from dllm_toolkit.errors import ToolkitError
+from dllm_toolkit.training.split import Sums, ratio
 
 Normaliser = Literal["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"]
+
+
+class ObjectiveError(ToolkitError):
+    """An objective that the model or the recipe cannot serve."""
+
+
+class Loss(NamedTuple):
+    """The scalar to minimise, and detached scalars for people to read.
+
+    toward: what it adds to the loss of a step, which may have several parts and several batches; this is what is minimised. sums: of a
+    loss made of terms, what it is before it is divided. part: value and metrics are those of a part of a batch, and parts add up.
+    """
+
+    value: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+    toward: Float[Tensor, ""] | None = None
+    sums: Sums | None = None
+    part: bool = False
 
 
 def wide(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

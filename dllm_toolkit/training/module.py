@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
-from dllm_toolkit.training.base import Loss, Objective
+from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.ema import Average, whole
+from dllm_toolkit.training.losses import Loss
 from dllm_toolkit.training.optim import LearningRate, OptimizerRecipe
 from dllm_toolkit.training.split import Split
 
@@ -40,7 +41,7 @@ class DiffusionModule(pl.LightningModule):
     def __init__(
         self,
         model: Transformer,
-        objective: Objective,
+        objective: Composed,
         optimizer: OptimizerRecipe,
         schedule: LearningRate,
         *,

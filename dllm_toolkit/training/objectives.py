@@ -1,4 +1,4 @@
-"""Objectives that need no file of their own, as sums of one term: what makes teachers, and D2F. The contract: training/base.py.
+"""Objectives that need no file of their own, as sums of one term: what makes teachers, and D2F. The contract: training/composed.py.
 
     MaskedDiffusion   CE at masked positions, under the model's own attention          LLaDA, arXiv 2502.09992
     Autoregressive    CE of every answer token given the ones before
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.registry import register
-from dllm_toolkit.training.base import Loss, Objective, ObjectiveError
 from dllm_toolkit.training.composed import Composed, Copy, Shown
 from dllm_toolkit.training.corruptors import Batch, Corruptor, ExactCount, Mixture, Monotone
 from dllm_toolkit.training.layouts import BlockCausal, Layout, Own, full_allow, full_blocks
-from dllm_toolkit.training.losses import Normaliser, cross_entropy, normalise, reverse_kl, soft_cross_entropy
+from dllm_toolkit.training.losses import Loss, Normaliser, ObjectiveError, cross_entropy, normalise, reverse_kl, soft_cross_entropy
 from dllm_toolkit.training.terms import CrossEntropy, ForwardKL, ReverseKL, Term, check_temperature
 from dllm_toolkit.types import Attention, ModelSpec
 
@@ -30,6 +29,8 @@ __all__ = [
     "Autoregressive", "D2FDistillation", "Loss", "MaskedDiffusion", "Normaliser", "Objective", "ObjectiveError", "cross_entropy",
     "full_allow", "full_blocks", "normalise", "reverse_kl", "soft_cross_entropy",
 ]  # fmt: skip
+
+Objective = Composed  # there is no other kind
 
 
 class _AsItDecodes(Composed):

@@ -27,8 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_toolkit.training.base import ObjectiveError
-from dllm_toolkit.training.losses import Normaliser, cross_entropy, reverse_kl, soft_cross_entropy, wide
+from dllm_toolkit.training.losses import Normaliser, ObjectiveError, cross_entropy, reverse_kl, soft_cross_entropy, wide
 
 
 @dataclass(frozen=True)

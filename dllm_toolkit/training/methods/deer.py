@@ -19,10 +19,10 @@ import torch
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import corrupt, masks
 from dllm_toolkit.registry import register
-from dllm_toolkit.training.base import ObjectiveError
 from dllm_toolkit.training.composed import Composed, Copy
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Layout, Seen, single
+from dllm_toolkit.training.losses import ObjectiveError
 from dllm_toolkit.training.terms import CrossEntropy
 from dllm_toolkit.types import ModelSpec
 

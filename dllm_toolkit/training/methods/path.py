@@ -20,11 +20,10 @@ import torch
 
 from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
-from dllm_toolkit.training.base import ObjectiveError
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Doubled, Full, Layout
-from dllm_toolkit.training.losses import Normaliser
+from dllm_toolkit.training.losses import Normaliser, ObjectiveError
 from dllm_toolkit.training.recorded import require_steps
 from dllm_toolkit.training.terms import CrossEntropy, Term, check_blocks
 from dllm_toolkit.types import ModelSpec
