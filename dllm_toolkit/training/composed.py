@@ -23,11 +23,11 @@ same the step is that of one larger batch. They differ for a mean over what pass
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -84,7 +84,7 @@ class Composed(abc.ABC):
     copies: ClassVar[int] = 1
     """Noisy copies of each row."""
     one_head: ClassVar[bool] = False
-    """Whether the student's LM head is the teacher's too, which then is the same model."""
+    """Whether teacher and student are computed under one LM head, so that the teacher is no model of its own."""
     accuracy: ClassVar[str] = "masked_accuracy"
     """What metrics call the share of the supervised tokens that are the most probable ones."""
 
@@ -116,11 +116,6 @@ class Composed(abc.ABC):
     def needs_teacher(self) -> bool:
         """Whether a frozen teacher is asked for each batch."""
         return any(isinstance(term, ForwardKL | ReverseKL) for term in self.terms)
-
-    @property
-    def takes_teacher(self) -> bool:
-        """Whether the teacher may be a model of its own."""
-        return not self.one_head
 
     @property
     def needs_steps(self) -> bool:
@@ -173,12 +168,11 @@ class Composed(abc.ABC):
             seen,
         )
 
-    def compiled(self) -> Callable[..., Loss]:
+    def compiled(self) -> Self:
         """The same, fast. One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
         fast = replace(self, forward=replace(self.forward, compile=True))
-        if type(self).loss is not Composed.loss:  # which need not ask for `measure`
-            return fast
-        return partial(fast.__call__, loss=partial(fast.loss, measure=torch.compile(fast.measure, dynamic=False)))
+        object.__setattr__(fast, "measure", torch.compile(fast.measure, dynamic=False))  # no field: this object's own
+        return fast
 
     def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:
         """`view` with what the frozen teacher says; called without gradient and with the adapter off."""
@@ -217,7 +211,6 @@ class Composed(abc.ABC):
         batch: Batch,
         generator: torch.Generator,
         *,
-        loss: Callable[..., Loss] | None = None,
         teacher: Transformer | None = None,
         progress: float = 1.0,
         split: Split | None = None,
@@ -225,16 +218,16 @@ class Composed(abc.ABC):
     ) -> Loss:
         """Draw what the model sees, ask the teacher if there is one, and return the loss.
 
-        loss: what is called instead of the method of that name, where it is compiled. teacher: a model of its own; None is `model` with
-        its adapter off. progress: the share of the run that is over, for schedules. split: after the noise of the whole batch the rest
-        is done for this part of it. step: if the batch is one of several of a step, the sum of their `divisor`s.
+        teacher: a model of its own; None is `model` with its adapter off. progress: the share of the run that is over, for schedules.
+        split: after the noise of the whole batch the rest is done for this part of it. step: if the batch is one of several of a step,
+        the sum of their `divisor`s.
         """
         copies = self.drawn(batch, model.spec, generator, progress)
         known = None if step is None else self.known(batch, copies)
         if split is not None:
             batch, copies = split.of(batch), [split.of(copy) for copy in copies]
         view = self.shown(batch, copies, model.spec, generator, progress)
-        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))
+        result = self.loss(model, batch, self.taught(model, teacher, batch, view))
         if split is not None:
             assert result.sums is not None
             result = self.divided(result.sums.of_all(split), view.shares)._replace(part=True)
@@ -245,15 +238,15 @@ class Composed(abc.ABC):
             return result._replace(toward=result.value * weight)
         return result._replace(toward=(view.shares * (ratio(result.sums.over, result.sums.under) * weight).sum(1)).sum())
 
-    def loss(self, model: Transformer, batch: Batch, view: Shown, measure: Callable[..., tuple[Tensor, ...]] | None = None) -> Loss:
-        """The loss of one view: deterministic. measure: what is called instead of the method of that name, where it is compiled."""
+    def loss(self, model: Transformer, batch: Batch, view: Shown) -> Loss:
+        """The loss of one view: deterministic."""
         rows, seen, count = self._rows(model, view), view.seen, len(batch.tokens)
         hidden = self.forward.hidden_of(model, Query(seen.tokens, seen.positions, None, seen.allow), seen.block)
         lane = rows // view.tokens.shape[1] * seen.tokens.shape[1] + seen.read.flatten()[rows]
         asked = model.norm(hidden.flatten(0, 1)[lane])
         target = repeated(batch, len(view.tokens) // count).tokens
         columns = (one.flatten()[rows] for one in (target, view.weight, view.teacher_weight))
-        found = self.found(model, measure or self.measure, asked, *columns, view.teacher)
+        found = self.found(model, asked, *columns, view.teacher)
 
         def spread(values: Shaped[Tensor, "N"]) -> Shaped[Tensor, "CB L"]:
             """From the rows back to the grid: 0 where nothing was asked."""
@@ -291,9 +284,9 @@ class Composed(abc.ABC):
         """More shares for people to read: how many, of how many."""
         return {}
 
-    def found(self, model: Transformer, measure: Callable[..., tuple[Tensor, ...]], *columns: Tensor | None) -> tuple[Tensor, ...]:
+    def found(self, model: Transformer, *columns: Any) -> tuple[Tensor, ...]:
         """What `measure` says of rows."""
-        return self.forward.by_chunk(model, partial(measure, model.lm_head), *columns)
+        return self.forward.by_chunk(model, partial(self.measure, model.lm_head), *columns)
 
     def measure(
         self,

@@ -9,7 +9,7 @@ More of them, one paper a file: training/methods. What objectives are made of ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ class D2FDistillation(Composed):
         (copy,) = super().drawn(batch, spec, generator, progress)
         return [copy if self.weighted else copy._replace(weight=(copy.weight > 0).to(copy.weight.dtype))]
 
-    def found(self, model: Transformer, measure: Callable[..., tuple[Tensor, ...]], *columns: Any) -> tuple[Tensor, ...]:
+    def found(self, model: Transformer, *columns: Any) -> tuple[Tensor, ...]:
         """What `measure` would say of the one term, with its gradient at once: no chunk of logits is kept, or computed again."""
         asked, target, weight, _, teacher = columns
         if teacher is None:

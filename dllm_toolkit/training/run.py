@@ -107,7 +107,7 @@ class TrainRecipe:
                 f"objective {type(self.objective).__name__} learns from no teacher, got one. It would be loaded and never asked. "
                 "Leave teacher: out, or write another objective, such as dscd."
             )
-        if self.teacher is not None and not self.objective.takes_teacher:
+        if self.teacher is not None and self.objective.one_head:
             raise TrainError(
                 f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
                 "Write lora: instead; the teacher is then the model with its adapter off."
