@@ -83,6 +83,8 @@ class Composed(abc.ABC):
     terms: ClassVar[tuple[Term, ...]]
     copies: ClassVar[int] = 1
     """Noisy copies of each row."""
+    needs_steps: ClassVar[bool] = False
+    """Whether the rows must say at which step of a decode each token was decided."""
     one_head: ClassVar[bool] = False
     """Whether teacher and student are computed under one LM head, so that the teacher is no model of its own."""
     accuracy: ClassVar[str] = "masked_accuracy"
@@ -116,11 +118,6 @@ class Composed(abc.ABC):
     def needs_teacher(self) -> bool:
         """Whether a frozen teacher is asked for each batch."""
         return any(isinstance(term, ForwardKL | ReverseKL) for term in self.terms)
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether the rows must say at which step of a decode each token was decided."""
-        return False
 
     def decodes(self) -> tuple[Attention, int | None] | None:
         """The attention rule and block length that the trained model decodes with; None leaves the model's own."""

@@ -54,7 +54,7 @@ class PseudoTrajectory(Composed):
         corrupt.check_interval(min(self.ratio_low.start, self.ratio_low.end), self.ratio_high)
 
     @property
-    def needs_steps(self) -> bool:
+    def needs_steps(self) -> bool:  # type: ignore[override]
         return self.order == "trajectory"
 
     @property

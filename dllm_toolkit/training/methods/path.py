@@ -40,14 +40,12 @@ class PathDistillation(Composed):
     fill: bool = True
     normaliser: Normaliser = "none"
 
+    needs_steps = True
+
     def __post_init__(self) -> None:
         check_blocks(self.block_length)
         if self.jump < 1:
             raise ObjectiveError(f"jump must be at least 1, got {self.jump}. It counts steps of a decode. Write jump: 8.")
-
-    @property
-    def needs_steps(self) -> bool:
-        return True
 
     @property
     def terms(self) -> tuple[Term, ...]:  # type: ignore[override]
