@@ -221,7 +221,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows")
     parser.add_argument("--attention", choices=["products", "triton"], default=few_lanes.BEST, help="of few lanes")
-    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=parts.ENABLED, help="cut narrow products (ops/parts.py)")
+    cut = "cut narrow products (ops/parts.py)"
+    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=parts.ENABLED, help=cut)
     parser.add_argument("--weights", choices=["fp8", "int8"], default=None, help="linear maps in 8 bits")
     parser.add_argument("--only", nargs="*", default=None, help="names of generations, such as 'd2f, block_causal'")
     parser.add_argument("--device", default="cuda")
