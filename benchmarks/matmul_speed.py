@@ -286,7 +286,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--mlp-width", type=int, default=12288)
     parser.add_argument("--vocabulary", type=int, default=126464)
     parser.add_argument("--lanes", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--variants", nargs="*", default=["separate", "fused"], help="products alone: separate, fused, autotuned, parts2, parts4, ...")
+    variants = "products alone: separate, fused, autotuned, parts2, parts4, ..."
+    parser.add_argument("--variants", nargs="*", default=["separate", "fused"], help=variants)
     parser.add_argument("--kernels", nargs="*", default=KERNELS, help="of whole layers")
     parser.add_argument("--tiles", action="store_true", help="also every tile of the Triton kernel")
     parser.add_argument("--seconds", type=float, default=60, help="the most that one kernel may take, compilation included")
