@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.training import shared
 from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
@@ -89,12 +90,7 @@ class DiffusionModule(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1]."""
-        shares = [0.0]
-        if self.max_steps is not None:
-            shares.append(self.global_step / self.max_steps)
-        if self.max_minutes is not None:
-            shares.append(self.seconds / (60.0 * self.max_minutes))
-        return min(1.0, max(shares))
+        return shared.progress(self.global_step, self.max_steps, self.seconds, self.max_minutes)
 
     # ---- one step
 
