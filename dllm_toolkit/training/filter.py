@@ -43,6 +43,7 @@ from dllm_toolkit.training.shared import (
     check_export,
     check_words,
     claim,
+    fit,
     one_device,
     owned,
     placed,
@@ -213,7 +214,7 @@ def run_filter_training(recipe: Recipe, built: FilterRecipe) -> Filter:
         network = FilterNetwork(settings.block_length, settings.layers, settings.hidden or settings.block_length, settings.activation)
     module = FilterModule(built, network, heldout)
     trainer = one_device(built.output, built.trainer.accelerator, max_steps=built.trainer.max_steps, log_every_n_steps=1)
-    trainer.fit(module, Whole(train))
+    fit(trainer, module, Whole(train), None)
     assert module.best is not None
     loss, step, weights = module.best
     network.cpu().load_state_dict(weights)
