@@ -151,6 +151,9 @@ class BlockCausal(Layout):
     def decodes(self) -> tuple[Attention, int | None]:
         return "block_causal", self.length
 
+    def block_length(self) -> int | None:
+        return self.length
+
 
 @dataclass(frozen=True)
 class Annealed(Layout):
