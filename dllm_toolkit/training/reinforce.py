@@ -44,8 +44,9 @@ from dllm_toolkit.training.lora import Lora, adapter_off
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.rollouts import Pool, Reward, Rollouts, collect
+from dllm_toolkit.training.sampler import Precision, Sampler
 from dllm_toolkit.training.shared import TrainError, placed, say
-from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
+from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated, share
 
 _ROLLOUT, _VIEWS = 3, 4
 HOPELESS = 20
@@ -56,12 +57,14 @@ HOPELESS = 20
 class Sampling:
     """Each iteration's rollouts: `group` answers of max_new_tokens to each of `problems` problems, decoded as one batch.
 
-    compile: as `decode` has it; it takes a minute at first, and pays in runs of many minutes.
+    dtype: precision of the copy of the policy that decodes, see sampler.py; None: the policy itself. compile: as `decode` has it; it takes
+    a minute at first, and pays in runs of many minutes.
     """
 
     problems: int = 64
     group: int = 8
     max_new_tokens: int = 80
+    dtype: Precision | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -130,10 +133,11 @@ class PolicyRecipe:
 class PolicyModule(pl.LightningModule):
     """One training step is one iteration: rollouts, then `policy.updates` optimiser steps on them."""
 
-    def __init__(self, model: Transformer, built: PolicyRecipe, pool: Pool) -> None:
+    def __init__(self, model: Transformer, built: PolicyRecipe, pool: Pool, judge: Pool | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.built, self.pool = model, built, pool
+        self.model, self.built, self.pool, self.judge = model, built, pool, judge
+        self.sampler = Sampler(model, built.rollouts.dtype)
         # A part of the module, so that a reference that follows is in the checkpoint.
         keeps = built.policy.needs_reference and built.lora is None
         self.reference = copy.deepcopy(model).requires_grad_(False) if keeps else None
@@ -168,7 +172,7 @@ class PolicyModule(pl.LightningModule):
         built, policy, begun, number = self.built, self.built.policy, time.monotonic(), self.iteration
         chosen = self.pool.draw(number, built.rollouts.problems, built.seed)
         rollouts, told = collect(
-            self.model, self.pool, chosen, built.rollouts.group, built.decoder, built.cache, built.reward,
+            self.sampler.follow(), self.pool, chosen, built.rollouts.group, built.decoder, built.cache, built.reward,
             seed=fold(built.seed, _ROLLOUT, number), baseline=policy.baseline, scale=policy.scale,
             after_end=policy.after_end, compile=built.rollouts.compile,
         )  # fmt: skip
@@ -180,7 +184,15 @@ class PolicyModule(pl.LightningModule):
         self.iteration = number + 1
         if policy.sync_every is not None and self.reference is not None and self.iteration % policy.sync_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        self.told = {**told, "seconds_of_rollouts": sampled - begun, "seconds_of_updates": time.monotonic() - sampled}
+        self.told = {**told, "seconds_of_rollouts": sampled - begun, "seconds_of_updates": time.monotonic() - sampled, **self.held_out()}
+
+    def held_out(self) -> dict[str, float]:
+        """Shares exact and correct of the first held-out problems, every so many iterations; decoded as rollouts are, by the copy."""
+        how = self.built.evaluation
+        if self.judge is None or how is None or how.every is None or self.iteration % how.every:
+            return {}
+        grades, _ = evaluated(how, self.sampler.follow(), self.judge, self.built.seed, how.sample)
+        return {f"held_out_{what}": share(grades, what) for what in ("exact", "correct")}
 
     # ---- learning
 
@@ -244,7 +256,7 @@ class PolicyModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         settings, output = self.built.trainer, self.built.output
         over = self.progress >= 1.0 or (self.iteration == HOPELESS and not self.counts["updates"])
-        if self.iteration % settings.log_every == 0 or over:
+        if self.iteration % settings.log_every == 0 or "held_out_exact" in self.told or over:
             shown = {**self.told, **self.counts, "seconds": self.seconds}
             self.trainer.logger.log_metrics({f"train/{name}": value for name, value in shown.items()}, self.iteration)  # type: ignore[union-attr]
             with (output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -287,7 +299,7 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
     shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    module = PolicyModule(model.to(device), built, pool)
+    module = PolicyModule(model.to(device), built, pool, judge)
     earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
     trainer = shared.one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
     with warnings.catch_warnings():

@@ -183,8 +183,8 @@ def collect(
 ) -> tuple[Rollouts, dict[str, float]]:
     """Sample `group` answers to each chosen problem and keep the groups that teach something; rows of a group stand together.
 
-    Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, and how many groups were left
-    out. Row r of the call decodes with a seed made of (seed, r).
+    Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, the share of groups that teach,
+    and how many were left out and why. Row r of the call decodes with a seed made of (seed, r).
     """
     rows, diary = [one for one in chosen for _ in range(group)], Diary()
     seeds = [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))]
@@ -198,6 +198,7 @@ def collect(
         "reward": float(rewards.mean()),
         "correct": sum(grade.correct for grade in grades) / len(grades),
         "exact": sum(grade.exact for grade in grades) / len(grades),
+        "taught": float(teaches.float().mean()),
         "groups": len(chosen),
         "unsolved_groups": int((~solved).sum()),
         "equal_groups": int((solved & equal).sum()),
