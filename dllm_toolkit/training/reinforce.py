@@ -171,11 +171,7 @@ class PolicyModule(pl.LightningModule):
         """The next iteration. Its number is the module's own: Lightning fetches batches ahead."""
         built, policy, begun, number = self.built, self.built.policy, time.monotonic(), self.iteration
         chosen = self.pool.draw(number, built.rollouts.problems, built.seed)
-        rollouts, told = collect(
-            self.sampler.follow(), self.pool, chosen, built.rollouts.group, built.decoder, built.cache, built.reward,
-            seed=fold(built.seed, _ROLLOUT, number), baseline=policy.baseline, scale=policy.scale,
-            after_end=policy.after_end, compile=built.rollouts.compile,
-        )  # fmt: skip
+        rollouts, told = collect(self.sampler.follow(), self.pool, chosen, built, fold(built.seed, _ROLLOUT, number))
         sampled = time.monotonic()
         for name in ("groups", "unsolved_groups", "equal_groups"):
             self.counts[name] += int(told[name])
@@ -206,10 +202,14 @@ class PolicyModule(pl.LightningModule):
                 continue
             generator = torch.Generator(self.device).manual_seed(fold(self.built.seed, _VIEWS, iteration, update))
             views = policy.estimator.views(rollouts, self.model.spec, generator)
-            # Before the first update the present policy is the old one: nothing needs to be scored for it.
-            old = self.scores("old", rollouts, views) if policy.updates > 1 else None
+            # In the first update the present policy is the old one, and what it says of these views serves later updates that see them too.
+            old = self.scores("old", rollouts, views) if update else None
             plan.append((views, old, self.scores("reference", rollouts, views) if policy.needs_reference else None))
-        found = [self.update(rollouts, *one, first=number == 0) for number, one in enumerate(plan)]
+        found, begun = [], None
+        for views, old, reference in plan:
+            told, scores = self.update(rollouts, views, begun if old is None else old, reference)
+            found.append(told)
+            begun = scores if begun is None else begun
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
     @torch.no_grad()
@@ -225,15 +225,19 @@ class PolicyModule(pl.LightningModule):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.built.trainer.precision == "bf16-mixed"):
             return score(model, rollouts, views, rows)
 
-    def update(self, rollouts: Rollouts, views: Views, old: Tensor | None, reference: Tensor | None, first: bool) -> dict[str, float]:
-        """One optimiser step, in as many backward passes as `sequences` asks for; none if the gradient is not finite."""
+    def update(self, rollouts: Rollouts, views: Views, old: Tensor | None, reference: Tensor | None) -> tuple[dict[str, float], Tensor]:
+        """One optimiser step, in as many backward passes as `sequences` asks for; none if the gradient is not finite.
+
+        old None: the present policy is the one that sampled. Returns what there is to read, and the scores [B, L] before the step.
+        """
         policy, optimizer = self.built.policy, self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         shares = policy.shares(rollouts, views)
-        totals = torch.zeros(3, device=self.device)
+        totals, scores = torch.zeros(3, device=self.device), []
         for rows in packed(views, self.built.trainer.sequences):
             current = self._score(self.model, rollouts, views, rows)
-            before = current.detach() if first or old is None else old[rows]
+            scores.append(current.detach())
+            before = scores[-1] if old is None else old[rows]
             away = before if policy.penalty == "old" else None if reference is None else reference[rows]
             part = surrogate(current, before, away if policy.beta else None, rollouts.advantage[rows], policy.clip, policy.beta)
             loss = (part.loss * shares[rows]).sum()
@@ -249,7 +253,7 @@ class PolicyModule(pl.LightningModule):
             optimizer.step()  # type: ignore[union-attr]
         self.counts["updates" if finite else "skipped_updates"] += 1
         loss, k3, clipped = totals.tolist()
-        return {"loss": loss, "k3": k3, "clipped": clipped, "gradient_norm": norm}
+        return {"loss": loss, "k3": k3, "clipped": clipped, "gradient_norm": norm}, torch.cat(scores)
 
     # ---- after each iteration
 
@@ -306,7 +310,7 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
         warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose
         shared.fit(trainer, module, Endless(), checkpoint)
     trainer.save_checkpoint(built.output / "last.ckpt")
-    _finish(recipe, built, module.to(device), judge, earlier)
+    _finish(recipe, built, module.to(device), earlier)
     return module
 
 
@@ -326,7 +330,7 @@ def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     return model, pool
 
 
-def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Pool | None, earlier: Sequence[Grade]) -> None:
+def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, earlier: Sequence[Grade]) -> None:
     counts = module.counts
     say("  ".join(f"{name} {value}" for name, value in counts.items()) + f"  {module.seconds:.0f} s")
     if not counts["updates"]:
@@ -337,8 +341,8 @@ def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Po
         )
     result: dict[str, Any] = {"counts": counts, "iterations": module.iteration, "seconds": round(module.seconds, 1)}
     batch = None
-    if judge is not None and built.evaluation is not None:
-        after, batch = evaluated(built.evaluation, module.model, judge, built.seed)
+    if module.judge is not None and built.evaluation is not None:
+        after, batch = evaluated(built.evaluation, module.model, module.judge, built.seed)
         result |= compared(earlier, after)
         for what in ("exact", "correct"):
             one = result[what]
