@@ -13,6 +13,7 @@ A step attends from W lanes to S slots under a dense mask that differs from row 
     products    two batched products and a softmax, compiled
     triton      our own kernel (ops/attention_triton.py), where Triton is installed
     flex        flex_attention, compiled, the mask read from a tensor
+    64x4        that kernel with tiles of so many lanes and slots in so many parts (`--tiles`)
     unmasked    scaled_dot_product_attention without a mask: the price of masking
 
 The floor is the bytes of keys, values and mask over the bandwidth of a plain copy. Prints the machine, a table, and one JSON line.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,6 +64,13 @@ def own_kernel(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     return few("triton", q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1))
 
 
+def tiled(tile: str, q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
+    from dllm_toolkit.ops.attention_triton import attend
+
+    lanes, parts = map(int, tile.split("x"))
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1), (lanes, parts))
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -76,13 +84,14 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 
-def variants(device: torch.device) -> dict[str, Attention]:
+def variants(device: torch.device, tiles: Sequence[str] = ()) -> dict[str, Attention]:
     found: dict[str, Attention] = {"sdpa": sdpa, "bias": torch.compile(bias, dynamic=False)}
     if device.type == "cuda":
         found["efficient"] = partial(with_backend, SDPBackend.EFFICIENT_ATTENTION)
         found["cudnn"] = partial(with_backend, SDPBackend.CUDNN_ATTENTION)
         found["flex"] = torch.compile(flex, dynamic=False)
         found["triton"] = torch.compile(own_kernel, dynamic=False)
+        found |= {tile: partial(tiled, tile) for tile in tiles}
     found["products"] = torch.compile(products, dynamic=False)
     found["unmasked"] = unmasked
     return found
@@ -101,6 +110,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 32, 64, 128, 512])
     parser.add_argument("--slots", type=int, nargs="+", default=[528])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--tiles", nargs="*", default=[], metavar="LANESxPARTS", help="of our own kernel, such as 64x4")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)
     save_option(parser)
@@ -125,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 exact = sdpa(*(one.float() for one in made[0]), allow)  # type: ignore[call-arg, misc]
                 floor = (2 * made[0][1].numel() * 2 + allow.numel()) / gbps / 1e3  # microseconds a layer
                 row: dict[str, Any] = {"batch": batch, "slots": slots, "lanes": lanes, "floor_us": round(floor, 2), "us_a_layer": {}}
-                for key, attention in variants(device).items():
+                for key, attention in variants(device, options.tiles).items():
                     try:
                         got = attention(*made[0], allow)  # type: ignore[call-arg, misc]
                         error = float((got.float() - exact).norm() / exact.norm())

@@ -48,6 +48,7 @@ from dllm_toolkit.decoders.rules.stop import WhenFull
 from dllm_toolkit.models.eight_bit import quantise
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
 from dllm_toolkit.ops import attention as few_lanes
+from dllm_toolkit.ops import parts
 from dllm_toolkit.state import Proposal, Region, State
 from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.types import Attention, Canvas
@@ -220,6 +221,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows")
     parser.add_argument("--attention", choices=["products", "triton"], default=few_lanes.BEST, help="of few lanes")
+    cut = "cut narrow products (ops/parts.py)"
+    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=parts.ENABLED, help=cut)
     parser.add_argument("--weights", choices=["fp8", "int8"], default=None, help="linear maps in 8 bits")
     parser.add_argument("--only", nargs="*", default=None, help="names of generations, such as 'd2f, block_causal'")
     parser.add_argument("--device", default="cuda")
@@ -228,6 +231,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     save_option(parser)
     options = parser.parse_args(arguments)
     few_lanes.use(options.attention)
+    parts.ENABLED = options.parts
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     gbps = bandwidth(device, 4 << 30 if device.type == "cuda" else 64 << 20, 10)

@@ -12,6 +12,7 @@ Products alone, bf16:
     separate    seven products a layer, as a checkpoint stores them: q, k, v, o, gate, up, down
     fused       four products a layer: qkv, o, gate-up, down
     autotuned   `fused`, each compiled with torch.compile(mode="max-autotune-no-cudagraphs"); searches for minutes, so only when it is named
+    parts4      `fused`, each cut along its inputs into that many products, whose sum is left to what comes next (ops/parts.py); any number
 
 Layers without attention (norm, qkv, o, norm, gate-up, SwiGLU, down) and the LM head, one compiled function for each, as a forward has them:
 what quantising the activations costs is in there, fused with the norms as far as the compiler can.
@@ -43,6 +44,7 @@ from replays import seconds_of
 from torch import Tensor
 
 from dllm_toolkit.ops import eight_bit
+from dllm_toolkit.ops.parts import by_parts
 
 Product = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 KERNELS = ["bf16", "scaled_mm", "scaled_mm_whole", "triton_fp8", "triton_weights", "triton_weights_fp8", "int_mm", "int8_formula"]
@@ -65,6 +67,9 @@ def build(variant: str, name: str, weight: Tensor, compiled: dict[str, Any]) -> 
     if variant == "separate":
         pieces = parts_of(name, weight)
         return (lambda x: tuple(F.linear(x, piece) for piece in pieces)), weight.numel() * weight.element_size()
+    if variant.startswith("parts"):
+        count = int(variant.removeprefix("parts"))
+        return (lambda x: by_parts(x, weight, count)), weight.numel() * weight.element_size()
     run = F.linear if variant == "fused" else compiled.setdefault("linear", autotune(F.linear))
     return (lambda x: run(x, weight)), weight.numel() * weight.element_size()
 
@@ -76,7 +81,7 @@ def autotune(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def error(product: Product, x: Tensor, weight: Tensor) -> float:
     exact = x.float() @ weight.float().t()
     got = product(x)
-    whole = torch.cat(got, 1) if isinstance(got, tuple) else got
+    whole = torch.cat(got, 1) if isinstance(got, tuple) else got if got.ndim == 2 else got.sum(0)
     return float((whole.float() - exact).norm() / exact.norm())
 
 
@@ -281,7 +286,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--mlp-width", type=int, default=12288)
     parser.add_argument("--vocabulary", type=int, default=126464)
     parser.add_argument("--lanes", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--variants", nargs="*", default=["separate", "fused"], help="products alone: separate, fused, autotuned")
+    variants = "products alone: separate, fused, autotuned, parts2, parts4, ..."
+    parser.add_argument("--variants", nargs="*", default=["separate", "fused"], help=variants)
     parser.add_argument("--kernels", nargs="*", default=KERNELS, help="of whole layers")
     parser.add_argument("--tiles", action="store_true", help="also every tile of the Triton kernel")
     parser.add_argument("--seconds", type=float, default=60, help="the most that one kernel may take, compilation included")

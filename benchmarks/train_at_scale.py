@@ -55,14 +55,13 @@ from dllm_toolkit import recipe
 from dllm_toolkit.data.stories import build_tokenizer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
-from dllm_toolkit.ops.masks import block_causal
 from dllm_toolkit.recipe_hints import Lazy
-from dllm_toolkit.training.composed import Shown
+from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import Data, Example, Source
+from dllm_toolkit.training.layouts import full_allow
 from dllm_toolkit.training.lora import Lora
 from dllm_toolkit.training.module import DiffusionModule
-from dllm_toolkit.training.objectives import D2FDistillation, full_allow, student_blocks
 from dllm_toolkit.training.run import TrainRecipe, run_training
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "train"
@@ -233,7 +232,7 @@ class Measure(pl.Callback):
 def useful(module: DiffusionModule, asked: list[tuple[Batch, int, float]]) -> float:
     """Operations that a step cannot do without, the mean of the given ones; the formula is in the module's docstring."""
     objective, model, config = module.objective, module.model, module.model.config
-    assert config.head_dim is not None
+    assert isinstance(objective, Composed) and config.head_dim is not None
     matrices = [one for one in model.layers.parameters() if one.ndim > 1]
     frozen = sum(one.numel() for one in matrices if not one.requires_grad)
     adapter = sum(one.numel() for one in matrices if one.requires_grad)
@@ -241,13 +240,9 @@ def useful(module: DiffusionModule, asked: list[tuple[Batch, int, float]]) -> fl
     total = 0.0
     for batch, number, progress in asked:
         view = objective.show(batch, model.spec, module.noise(1, number), progress)
-        if isinstance(view, Shown):
-            lanes, pairs = view.seen.tokens.numel(), view.seen.allow.sum()
-            needed = ((view.weight > 0) | (view.teacher_weight > 0)).sum()
-        else:
-            by_block = isinstance(objective, D2FDistillation)
-            allow = block_causal(student_blocks(batch, objective.block_length)) if by_block else full_allow(batch)
-            lanes, pairs, needed = view.tokens.numel(), allow.sum(), (view.weight > 0).sum()
+        lanes = view.seen.tokens.numel()
+        pairs = full_allow(batch).tril().sum() if view.seen.allow is None else view.seen.allow.sum()
+        needed = ((view.weight > 0) | (view.teacher_weight > 0)).sum()
         total += lanes * (4 * frozen + 6 * adapter) + 2 * head * float(needed) + 3 * pair * float(pairs)
         if objective.needs_teacher:
             copies = view.tokens.shape[0] // batch.tokens.shape[0]

@@ -53,10 +53,12 @@ from torch.utils.checkpoint import checkpoint
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Lanes, Transformer, TransformerConfig
 from dllm_toolkit.ops.masks import block_causal
+from dllm_toolkit.training.composed import Shown
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.forward import Forward
+from dllm_toolkit.training.layouts import canvas_blocks
 from dllm_toolkit.training.lora import Lora, adapter_off, inject
-from dllm_toolkit.training.objectives import D2FDistillation, View, full_blocks, student_blocks
+from dllm_toolkit.training.objectives import D2FDistillation, full_blocks
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 SIZES = {
@@ -74,9 +76,9 @@ class Setup:
     objective: D2FDistillation
     dtype: torch.dtype
 
-    def view(self, step: int) -> View:
+    def view(self, step: int) -> Shown:
         generator = torch.Generator(self.batch.tokens.device).manual_seed(step)
-        return self.objective.corrupt(self.batch, self.model.spec.mask_id, generator)
+        return self.objective.show(self.batch, self.model.spec, generator, 1.0)
 
 
 Line = Callable[[Setup, int], Tensor]
@@ -121,13 +123,14 @@ def all_logits(model: Transformer, tokens: Tensor, mask: Tensor, plain: bool, la
     return model.lm_head(model.norm(x))
 
 
-def loss_of_all(student: Tensor, teacher: Tensor, view: View) -> Tensor:
+def loss_of_all(student: Tensor, teacher: Tensor, view: Shown) -> Tensor:
     """The teacher's softmax everywhere, then cross-entropy at the masked positions, with weights 1/t."""
-    return loss_of_masked(student[view.masked], teacher.softmax(-1)[view.masked], view)
+    masked = view.weight > 0
+    return loss_of_masked(student[masked], teacher.softmax(-1)[masked], view)
 
 
-def loss_of_masked(student: Tensor, told: Tensor, view: View) -> Tensor:
-    return (F.cross_entropy(student, told, reduction="none") * view.weight[view.masked]).mean()
+def loss_of_masked(student: Tensor, told: Tensor, view: Shown) -> Tensor:
+    return (F.cross_entropy(student, told, reduction="none") * view.weight[view.weight > 0]).mean()
 
 
 def official(setup: Setup, step: int, *, released: bool, layers_again: bool) -> Tensor:
@@ -137,7 +140,7 @@ def official(setup: Setup, step: int, *, released: bool, layers_again: bool) -> 
         mask = mask_by_slices(batch.prompt_length, length, setup.objective.block_length)
         everybody = torch.zeros(1, 1, length, length, device=mask.device)
     else:
-        allow = block_causal(student_blocks(batch, setup.objective.block_length)).unsqueeze(1)
+        allow = block_causal(canvas_blocks(batch, setup.objective.block_length)).unsqueeze(1)
         mask = torch.zeros(allow.shape, dtype=setup.dtype, device=allow.device).masked_fill(~allow, float("-inf"))
         everybody = mask.new_zeros(1, 1, length, length)
     student = all_logits(model, view.tokens, mask, released, layers_again)
@@ -155,12 +158,12 @@ def official(setup: Setup, step: int, *, released: bool, layers_again: bool) -> 
 def by_tiles(setup: Setup, step: int, *, forward: Forward, needed: bool) -> Tensor:
     """Attention as ours, loss as theirs: of all logits, or of the needed ones at once."""
     model, batch, view = setup.model, setup.batch, setup.view(step)
-    student = model.norm(forward.hidden(model, view.tokens, student_blocks(batch, setup.objective.block_length)))
+    student = model.norm(forward.hidden(model, view.tokens, canvas_blocks(batch, setup.objective.block_length)))
     with torch.no_grad(), adapter_off(model):
         teacher = model.norm(forward.hidden(model, view.tokens, full_blocks(batch)))
     if needed:
-        told = model.lm_head(teacher[view.masked]).softmax(-1)
-        return loss_of_masked(model.lm_head(student[view.masked]), told, view)
+        masked = view.weight > 0
+        return loss_of_masked(model.lm_head(student[masked]), model.lm_head(teacher[masked]).softmax(-1), view)
     return loss_of_all(model.lm_head(student), model.lm_head(teacher), view)
 
 
@@ -221,8 +224,8 @@ def useful(setup: Setup, options: argparse.Namespace) -> float:
     """Operations that a step cannot do without; the formula is the module's."""
     tokens = setup.batch.tokens.numel()
     weights = options.layers * (4 * options.width**2 + 3 * options.width * options.mlp_width)
-    supervised = statistics.mean(float(setup.view(step).masked.sum()) for step in range(options.repeats))
-    student = float(block_causal(student_blocks(setup.batch, options.block)).sum())
+    supervised = statistics.mean(float((setup.view(step).weight > 0).sum()) for step in range(options.repeats))
+    student = float(block_causal(canvas_blocks(setup.batch, options.block)).sum())
     pairs = tokens * options.length + 3 * student
     return 6 * weights * tokens + 6 * options.vocabulary * options.width * supervised + 4 * options.width * options.layers * pairs
 

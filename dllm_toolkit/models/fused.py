@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_toolkit.models.eight_bit import QuantisedLinear
+from dllm_toolkit.ops import parts
 
 
 def fused(maps: Sequence[nn.Module]) -> nn.Module | None:
@@ -95,3 +96,26 @@ def together(x: Tensor, whole: nn.Module | None, *maps: nn.Module) -> tuple[Tens
         return tuple(one(x) for one in maps)
     widths = [int(one.out_features) for one in maps]  # type: ignore[arg-type]
     return tuple(whole(x).split(widths, dim=-1))
+
+
+def in_parts(one: nn.Module, x: Tensor) -> Tensor:
+    """What a map says of x [..., K], as terms of a sum [P, ..., M]: one term, or more where that is faster (ops/parts.py)."""
+    count = _parts(one, x)
+    return one(x).unsqueeze(0) if count == 1 else parts.by_parts(x, one.weight, count)  # type: ignore[arg-type]
+
+
+def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of such terms, in the type of the stream."""
+    return terms.squeeze(0) if terms.shape[0] == 1 else terms.sum(0).to(dtype)
+
+
+def at_once(one: nn.Module, x: Tensor) -> Tensor:
+    """The same as a whole."""
+    return one(x) if _parts(one, x) == 1 else summed(in_parts(one, x), x.dtype)
+
+
+def _parts(one: nn.Module, x: Tensor) -> int:
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return 1
+    plain = type(one) is nn.Linear and one.bias is None and type(one.weight) is nn.Parameter and not _hooked(one)
+    return parts.parts_for(x, one.weight) if plain else 1  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.models.base import Query
+from dllm_toolkit.models.fused import in_parts, summed
 from dllm_toolkit.models.transformer import Lanes, Layer, Transformer
 
 
@@ -22,16 +23,16 @@ def _enter(model: Transformer, query: Query, kv: KVBuffer) -> tuple[Tensor, Lane
 
 def _first(layer: Layer, x: Tensor, lanes: Lanes, store: LayerBuffer) -> tuple[Tensor, Tensor]:
     x = x + layer.attend(x, lanes, store)
-    return x, layer.transform(x)
+    return x, in_parts(layer.down_proj, layer.gated(x))
 
 
 def _next(layer: Layer, x: Tensor, added: Tensor, lanes: Lanes, store: LayerBuffer) -> tuple[Tensor, Tensor]:
-    """added: what the layer before adds to the stream."""
-    return _first(layer, x + added, lanes, store)
+    """added: what the layer before adds to the stream, as terms of a sum [P, B, W, width]: they are added up where they are needed."""
+    return _first(layer, x + summed(added, x.dtype), lanes, store)
 
 
 def _leave(model: Transformer, x: Tensor, added: Tensor, query: Query, kv: KVBuffer) -> Tensor:
-    return model.leave(x + added, query, kv)
+    return model.leave(x + summed(added, x.dtype), query, kv)
 
 
 class Pieces:

@@ -24,7 +24,7 @@ from dllm_toolkit import workspace
 from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Flat, Query
-from dllm_toolkit.models.fused import fused, intact, together
+from dllm_toolkit.models.fused import at_once, fused, intact, together
 from dllm_toolkit.ops import attention
 from dllm_toolkit.registry import register
 from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
@@ -244,7 +244,7 @@ class Layer(nn.Module):
                 q = lanes.flat.back(q)
             k, v = store.write(q.shape[0], lanes.index, k, v)  # [B, S, H, D]
         mixed = rearrange(mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lanes), "b h w d -> b w (h d)")
-        return self.o_proj(mixed if lanes.flat is None else lanes.flat.of(mixed))
+        return at_once(self.o_proj, mixed if lanes.flat is None else lanes.flat.of(mixed))
 
     def values(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W H D"]:
         """The values that `attend` would store for these lanes."""
@@ -252,8 +252,12 @@ class Layer(nn.Module):
 
     def transform(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W width"]:
         """What the feed-forward network adds to the stream."""
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W mlp_width"]:
+        """What `down_proj` is asked in the feed-forward network."""
         gate, up = together(self.mlp_norm(x), self.fused_transform, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return F.silu(gate) * up
 
     def fuse(self) -> None:
         """Let maps that read the same input share one product where nobody wants gradients. They keep their names and their values."""

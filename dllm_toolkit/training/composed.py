@@ -8,7 +8,8 @@
 
 A method is a subclass with `terms` and two methods, `noise` and `layout`: see training/methods and examples/my_objective.py. Levels, masks,
 block lengths and shares may depend on the run's progress; whatever does is a tensor by the time the loss is computed, so that the graphs of
-torch.compile, one for the layers and one for the terms of a chunk, serve the whole run.
+torch.compile, one for the layers and one for the terms of a chunk, serve the whole run. `noise` may be a corruptor instead of a method, a
+field of the recipe. A subclass with a `loss` of its own, whose sums nobody knows, is a mean over the rows, in one process.
 
 Each term divides its sum over each copy by a number of its own. Of a batch that several processes share, noise is drawn for all rows, a
 process lays out its rows of each copy, and its sums are divided by what all processes divide by (split.py). Of a step of several batches
@@ -22,10 +23,11 @@ same the step is that of one larger batch. They differ for a mean over what pass
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -33,10 +35,11 @@ from torch import Tensor, nn
 
 from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Transformer
-from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.registry import declare
+from dllm_toolkit.training.corruptors import Batch, Corruptor
 from dllm_toolkit.training.forward import Forward
-from dllm_toolkit.training.layouts import Full, Layout, Seen
-from dllm_toolkit.training.objectives import Loss, Objective, ObjectiveError, full_blocks, mass_of, summed
+from dllm_toolkit.training.layouts import Full, Layout, Seen, full_blocks
+from dllm_toolkit.training.losses import Loss, ObjectiveError, summed
 from dllm_toolkit.training.split import Split, Sums, ratio
 from dllm_toolkit.training.terms import ForwardKL, ReverseKL, Selected, Term, teacher_gap
 from dllm_toolkit.types import Attention, ModelSpec
@@ -54,7 +57,8 @@ class Copy(NamedTuple):
 class Shown(NamedTuple):
     """All C copies of a batch, stacked along the rows, and the shares of the terms at this point of the run.
 
-    rows: flat positions (row * L + position) whose logits the terms ask for. teacher: its logits there.
+    rows: flat positions (row * L + position) whose logits the terms ask for. teacher: its logits there, or what its LM head is asked
+    where student and teacher have one.
     """
 
     tokens: Int[Tensor, "CB L"]
@@ -64,11 +68,11 @@ class Shown(NamedTuple):
     shares: Float[Tensor, "K"]
     seen: Seen
     rows: Int[Tensor, "N"] | None = None
-    teacher: Float[Tensor, "N V"] | None = None
+    teacher: Float[Tensor, "N V"] | Float[Tensor, "N D"] | None = None
 
 
 @dataclass(frozen=True)
-class Composed(Objective):
+class Composed(abc.ABC):
     """An objective that is a sum of terms over noisy copies of the batch.
 
     forward: how its passes are computed (training/forward.py); it does not change the loss.
@@ -79,31 +83,48 @@ class Composed(Objective):
     terms: ClassVar[tuple[Term, ...]]
     copies: ClassVar[int] = 1
     """Noisy copies of each row."""
+    needs_steps: ClassVar[bool] = False
+    """Whether the rows must say at which step of a decode each token was decided."""
+    one_head: ClassVar[bool] = False
+    """Whether teacher and student are computed under one LM head, so that the teacher is no model of its own."""
+    accuracy: ClassVar[str] = "masked_accuracy"
+    """What metrics call the share of the supervised tokens that are the most probable ones."""
 
     @abc.abstractmethod
     def noise(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
         """The noisy copies of a batch when a share `progress` of the run is over."""
 
+    def drawn(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Sequence[Copy]:
+        """What `noise` says, be it a method or a corruptor."""
+        noise: Any = self.noise
+        if isinstance(noise, Corruptor):
+            return [hidden(batch, spec, *noise(batch, generator))]
+        return noise(batch, spec, generator, progress)
+
     def layout(self, progress: float) -> Layout:
         """How the student reads them."""
         return Full()
 
+    def layout_of(self, spec: ModelSpec, progress: float) -> Layout:
+        """The same, where it depends on the model."""
+        return self.layout(progress)
+
     @property
     def splits(self) -> bool:
+        """Whether parts of a batch add up to the whole, so that several processes can share one."""
         return type(self).loss is Composed.loss  # nobody knows the sums of another one
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a frozen teacher is asked for each batch."""
         return any(isinstance(term, ForwardKL | ReverseKL) for term in self.terms)
 
-    @property
-    def takes_teacher(self) -> bool:
-        return True
-
-    def decodes(self) -> tuple[Attention, int | None]:
+    def decodes(self) -> tuple[Attention, int | None] | None:
+        """The attention rule and block length that the trained model decodes with; None leaves the model's own."""
         return self.layout(1.0).decodes()
 
     def check(self, model: Transformer) -> None:
+        """Raise ObjectiveError if `model` cannot be trained this way."""
         spec = model.spec
         if spec.mask_id >= spec.vocab_size:
             raise ObjectiveError(
@@ -112,27 +133,29 @@ class Composed(Objective):
             )
 
     def check_rows(self, answer_lengths: Sequence[int]) -> None:
+        """Raise ObjectiveError if answers of these lengths, in tokens, cannot be trained on."""
         sizes = {self.layout(step / 100).block_length() for step in range(101)}  # of all stages
         for length in answer_lengths:
-            for block in sizes - {None}:
-                assert block is not None
-                if length % block:
+            for block in sizes:
+                if block is not None and length % block:
                     raise ObjectiveError(
                         f"blocks of {block} tokens do not divide an answer of {length}. The last block would be cut short, and no decode "
                         f"ends there. Write an answer_length that is a multiple of {block}, or another block_length."
                     )
 
     def lanes(self, length: int, answer_length: int) -> tuple[int, int]:
+        """Query tokens of student and teacher for one row of `length` tokens: what a step costs, whatever the machine."""
         student = self.layout(1.0).lanes(length, answer_length)
         return self.copies * student, self.copies * length if self.needs_teacher else 0
 
     def show(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
-        return self.shown(batch, self.noise(batch, spec, generator, progress), spec, generator, progress)
+        """What the model sees and what counts when a share `progress` of the run is over."""
+        return self.shown(batch, self.drawn(batch, spec, generator, progress), spec, generator, progress)
 
     def shown(self, batch: Batch, copies: Sequence[Copy], spec: ModelSpec, generator: torch.Generator, progress: float) -> Shown:
         """The copies of a batch, or of a part of it, laid out."""
         tokens, weight = torch.cat([copy.tokens for copy in copies]), torch.cat([copy.weight for copy in copies])
-        seen = self.layout(progress)(repeated(batch, len(copies)), tokens, spec.shift, generator)
+        seen = self.layout_of(spec, progress)(repeated(batch, len(copies)), tokens, spec.shift, generator)
         return Shown(
             tokens,
             weight,
@@ -142,37 +165,42 @@ class Composed(Objective):
             seen,
         )
 
-    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> Shown:  # type: ignore[override]
-        raise ObjectiveError("an objective made of terms is asked with `show`, got `corrupt`. Its noise may depend on the run's progress.")
-
-    def compiled(self) -> Callable[..., Loss]:
-        """One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
+    def compiled(self) -> Self:
+        """The same, fast. One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
         fast = replace(self, forward=replace(self.forward, compile=True))
-        if type(self).loss is not Composed.loss:  # which need not ask for `measure`
-            return fast
-        return partial(fast.__call__, loss=partial(fast.loss, measure=torch.compile(fast.measure, dynamic=False)))  # type: ignore[arg-type]  # views are Shown
+        object.__setattr__(fast, "measure", torch.compile(fast.measure, dynamic=False))  # no field: this object's own
+        return fast
 
-    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
+    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:
+        """`view` with what the frozen teacher says; called without gradient and with the adapter off."""
         rows = self._rows(model, view)
         hidden = self.forward.hidden(model, view.hint, full_blocks(repeated(batch, len(view.tokens) // len(batch.tokens))))
-        return view._replace(rows=rows, teacher=model.lm_head(self.forward.at(model, hidden, rows)))
+        asked = self.forward.at(model, hidden, rows)
+        return view._replace(rows=rows, teacher=asked if self.one_head else model.lm_head(asked))
 
-    def mass(self, spec: ModelSpec, batch: Batch, view: Shown) -> Num[Tensor, "B"] | None:  # type: ignore[override]
-        return torch.ones_like(batch.prompt_length)  # asked only of a `loss` that is not the one below: a mean over rows
+    def taught(self, model: Transformer, teacher: Transformer | None, batch: Batch, view: Shown) -> Shown:
+        """`view` with what the teacher says, if there is one: `teacher`, or the model with its adapter off."""
+        if not self.needs_teacher:
+            return view
+        from dllm_toolkit.training.lora import adapter_off
 
-    def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."] | None:
-        if not self.splits:
-            return super().divisor(batch, spec, generator, progress)
-        return self.known(batch, self.noise(batch, spec, generator, progress))
+        with torch.no_grad(), adapter_off(model) if teacher is None else nullcontext():
+            return self.teach(model if teacher is None else teacher, batch, view)
 
-    def known(self, batch: Batch, copies: Sequence[Copy]) -> Float[Tensor, "K C"]:
+    def divisor(self, batch: Batch, spec: ModelSpec, generator: torch.Generator, progress: float) -> Num[Tensor, "..."]:
+        """What the loss of a whole batch divides by, with the noise that `__call__` would draw: batches of one step add up by it."""
+        return self.known(batch, self.drawn(batch, spec, generator, progress))
+
+    def known(self, batch: Batch, copies: Sequence[Copy]) -> Num[Tensor, "..."]:
         """What each term divides by on each copy, as far as it is known before the model is asked; 0 where that is nothing."""
-        answer, numbers = batch.answer, []
+        if not self.splits:
+            return torch.ones_like(batch.prompt_length).sum()
+        answer, under = batch.answer, []
         for term in self.terms:
             for copy in copies:
-                mass = mass_of(term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight)), answer, term.normaliser)
-                numbers.append(copy.weight.new_zeros(()) if mass is None else mass.sum().to(copy.weight.dtype))
-        return torch.stack(numbers).view(len(self.terms), len(copies))
+                weight = term.known_weight(Selected(batch.tokens, copy.weight, None, copy.teacher_weight))
+                under.append(summed(weight, weight, answer, term.normaliser)[1])
+        return torch.stack(under).view(len(self.terms), len(copies))
 
     def __call__(
         self,
@@ -180,38 +208,42 @@ class Composed(Objective):
         batch: Batch,
         generator: torch.Generator,
         *,
-        loss: Callable[..., Loss] | None = None,
         teacher: Transformer | None = None,
         progress: float = 1.0,
         split: Split | None = None,
         step: Num[Tensor, "..."] | None = None,
     ) -> Loss:
-        if not self.splits:
-            return super().__call__(model, batch, generator, loss=loss, teacher=teacher, progress=progress, split=split, step=step)
-        copies = self.noise(batch, model.spec, generator, progress)
+        """Draw what the model sees, ask the teacher if there is one, and return the loss.
+
+        teacher: a model of its own; None is `model` with its adapter off. progress: the share of the run that is over, for schedules.
+        split: after the noise of the whole batch the rest is done for this part of it. step: if the batch is one of several of a step,
+        the sum of their `divisor`s.
+        """
+        copies = self.drawn(batch, model.spec, generator, progress)
         known = None if step is None else self.known(batch, copies)
         if split is not None:
             batch, copies = split.of(batch), [split.of(copy) for copy in copies]
         view = self.shown(batch, copies, model.spec, generator, progress)
-        result = (loss or self.loss)(model, batch, self.taught(model, teacher, batch, view))
+        result = self.loss(model, batch, self.taught(model, teacher, batch, view))
         if split is not None:
             assert result.sums is not None
-            result = self.divided(result.sums.of_all(split), view.shares)._replace(share=torch.ones_like(result.value))
+            result = self.divided(result.sums.of_all(split), view.shares)._replace(part=True)
         if step is None or known is None:
             return result._replace(toward=result.value)
-        assert result.sums is not None
         weight = torch.where(step > 0, ratio(known, step), 1.0)
+        if result.sums is None:
+            return result._replace(toward=result.value * weight)
         return result._replace(toward=(view.shares * (ratio(result.sums.over, result.sums.under) * weight).sum(1)).sum())
 
-    def loss(self, model: Transformer, batch: Batch, view: Shown, measure: Callable[..., tuple[Tensor, ...]] | None = None) -> Loss:  # type: ignore[override]
-        """measure: what is called instead of the method of that name, where it is compiled."""
+    def loss(self, model: Transformer, batch: Batch, view: Shown) -> Loss:
+        """The loss of one view: deterministic."""
         rows, seen, count = self._rows(model, view), view.seen, len(batch.tokens)
         hidden = self.forward.hidden_of(model, Query(seen.tokens, seen.positions, None, seen.allow), seen.block)
         lane = rows // view.tokens.shape[1] * seen.tokens.shape[1] + seen.read.flatten()[rows]
         asked = model.norm(hidden.flatten(0, 1)[lane])
         target = repeated(batch, len(view.tokens) // count).tokens
-        columns = (asked, *(one.flatten()[rows] for one in (target, view.weight, view.teacher_weight)), view.teacher)
-        found = self.forward.by_chunk(model, partial(measure or self.measure, model.lm_head), *columns)
+        columns = (one.flatten()[rows] for one in (target, view.weight, view.teacher_weight))
+        found = self.found(model, asked, *columns, view.teacher)
 
         def spread(values: Shaped[Tensor, "N"]) -> Shaped[Tensor, "CB L"]:
             """From the rows back to the grid: 0 where nothing was asked."""
@@ -220,19 +252,16 @@ class Composed(Objective):
 
         guess, *rest = (spread(values) for values in found)
         answer, supervised = batch.answer, view.weight > 0
-        counts = {"masked_accuracy": (((guess == target) & supervised).sum(), supervised.sum())}
+        counts = {self.accuracy: (((guess == target) & supervised).sum(), supervised.sum()), **self.counted(batch, view)}
         over, under = [], []
         for number, term in enumerate(self.terms):
             values, weight = rest[2 * number : 2 * number + 2]
             for start in range(0, len(view.tokens), count):
-                if term.first_only and start:
-                    over.append(torch.zeros_like(over[-1]))
-                    under.append(torch.zeros_like(under[-1]))
-                    continue
                 part = slice(start, start + count)
-                value, mass = summed(values[part], weight[part], answer, term.normaliser)
+                kept = torch.zeros_like(weight[part]) if term.first_only and start else weight[part]
+                value, mass = summed(values[part], kept, answer, term.normaliser)
                 over.append(value)
-                under.append(mass.to(view.weight.dtype))
+                under.append(mass)
         if view.teacher is not None:
             gap, agree = rest[-2:]
             counted = view.teacher_weight > 0
@@ -247,6 +276,14 @@ class Composed(Objective):
         metrics = {name: ratio(*both) for name, both in sums.counts.items()}
         metrics |= {term.name: values[number].detach() for number, term in enumerate(self.terms)}
         return Loss((shares * values).sum(), metrics, sums=sums)
+
+    def counted(self, batch: Batch, view: Shown) -> dict[str, tuple[Tensor, Tensor]]:
+        """More shares for people to read: how many, of how many."""
+        return {}
+
+    def found(self, model: Transformer, *columns: Any) -> tuple[Tensor, ...]:
+        """What `measure` says of rows."""
+        return self.forward.by_chunk(model, partial(self.measure, model.lm_head), *columns)
 
     def measure(
         self,
@@ -271,6 +308,9 @@ class Composed(Objective):
 
     def _rows(self, model: Transformer, view: Shown) -> Int[Tensor, "N"]:
         return self.forward.rows(model, (view.weight > 0) | (view.teacher_weight > 0), parts=4) if view.rows is None else view.rows
+
+
+declare("objective", Composed)
 
 
 def repeated(batch: Batch, times: int) -> Batch:

@@ -113,6 +113,17 @@ class ExactCount(Corruptor):
         return Corruption(masked, masked * (available / count.clamp(min=1)).unsqueeze(1))
 
 
+def active_block(
+    batch: Batch, block_length: int | Int[Tensor, "B 1"], generator: torch.Generator
+) -> tuple[Bool[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """A random block of each answer, and what is behind it. The last block may be shorter."""
+    blocks = (batch.answer_length + block_length - 1) // block_length
+    chosen = (corrupt.draw((len(batch.tokens), 1), generator) * blocks).long()  # [B, 1], from 0
+    offset = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) - batch.prompt_length.unsqueeze(1)
+    index = offset.div(block_length, rounding_mode="floor")  # [B, L]; negative in the prompt
+    return batch.answer & (index == chosen), batch.answer & (index > chosen)
+
+
 @register("corruptor", "active_block")
 @dataclass(frozen=True)
 class ActiveBlock(Corruptor):
@@ -142,25 +153,19 @@ class ActiveBlock(Corruptor):
             )
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Corruption:
-        rows, length = batch.tokens.shape
-        answer = batch.answer
-        total = batch.answer_length
+        rows, total = len(batch.tokens), batch.answer_length
         lengths = [min(size or total, total) for size in self.block_lengths]
         pick = corrupt.pick(corrupt.draw((rows,), generator), [1.0] * len(lengths))
         size = torch.full_like(batch.prompt_length, lengths[0])  # [B]
         for number, other in enumerate(lengths):
             size = torch.where(pick == number, other, size)
-        blocks = (total + size - 1) // size
-        chosen = (corrupt.draw((rows,), generator) * blocks).long()  # [B], from 0
-        offset = torch.arange(length, device=batch.tokens.device) - batch.prompt_length.unsqueeze(1)
-        index = offset.div(size.unsqueeze(1), rounding_mode="floor")  # [B, L]; negative in the prompt
-        active = answer & (index == chosen.unsqueeze(1))
-        after = answer & (index > chosen.unsqueeze(1))
+        active, after = active_block(batch, size.unsqueeze(1), generator)
         available = active.sum(1)
         count = corrupt.count_from_level(corrupt.draw((rows,), generator), available)
         whole = corrupt.draw((rows,), generator) < self.fully_masked
         count = torch.where(whole, available, count)
         hidden = corrupt.exact_count(count, active, generator)
+        blocks = (total + size - 1) // size
         weight = hidden * (blocks * available / count).unsqueeze(1)
         return Corruption(hidden | after, weight + self.rest * after)
 

@@ -28,9 +28,10 @@ from torch import Tensor
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import corrupt
-from dllm_toolkit.ops.masks import absolute_blocks, answer_blocks, block_causal, block_diffusion
+from dllm_toolkit.ops.masks import block_diffusion
 from dllm_toolkit.registry import declare, register
-from dllm_toolkit.training.objectives import full_allow, wide
+from dllm_toolkit.training.layouts import Own, model_blocks
+from dllm_toolkit.training.losses import wide
 from dllm_toolkit.training.rollouts import Rollouts
 from dllm_toolkit.types import ModelSpec
 
@@ -191,7 +192,7 @@ class Rounds(_Steps):
             )
 
     def views(self, rollouts: Rollouts, spec: ModelSpec, generator: torch.Generator) -> Views:
-        answer, block = rollouts.batch.answer, blocks_of(rollouts, spec)
+        answer, block = rollouts.batch.answer, model_blocks(rollouts.batch, spec)
         group = torch.full_like(rollouts.born, -1)
         for one in range(int(block.min()), int(block[answer].max()) + 1):
             here = answer & (block == one) & (rollouts.born >= 0)
@@ -199,25 +200,13 @@ class Rounds(_Steps):
         return self.states(rollouts, group, spec, doubled=True)
 
 
-def blocks_of(rollouts: Rollouts, spec: ModelSpec) -> Int[Tensor, "B L"]:
-    """Block index of every position as a block-causal model counts them; the padding behind the answer is a last block of its own."""
-    (rows, length), size = rollouts.tokens.shape, spec.block_size or rollouts.answer_length
-    if spec.block_anchor == "absolute":
-        block = absolute_blocks(rows, length, size, rollouts.tokens.device)
-    else:
-        block = answer_blocks(rollouts.prompt_length, length, size)
-    return block.masked_fill(~rollouts.batch.inside, length + 1)
-
-
 def view_logits(model: Transformer, seen: Int[Tensor, "B L"], rollouts: Rollouts, doubled: bool) -> Float[Tensor, "B L V"]:
     """Logits of views, one for each row of `rollouts`, under the model's own attention rule."""
+    spec, batch = model.spec, rollouts.batch
     if not doubled:
-        if model.spec.attention == "block_causal":
-            return model.logits(seen, block_causal(blocks_of(rollouts, model.spec)))
-        allow = full_allow(rollouts.batch)
-        return model.logits(seen, allow.tril() if model.spec.attention == "causal" else allow)
+        return model.logits(seen, Own(spec)(batch, seen, spec.shift).allow)
     length = seen.shape[1]
-    block, place = blocks_of(rollouts, model.spec), torch.arange(length, device=seen.device)
+    block, place = model_blocks(batch, spec), torch.arange(length, device=seen.device)
     both, places = torch.cat((seen, rollouts.tokens), dim=1), torch.cat((place, place))
     allow = block_diffusion(torch.cat((block, block), dim=1), (torch.arange(2 * length, device=seen.device) >= length).expand_as(both))
     return model.logits(both, allow, places.expand_as(both))[:, :length]

@@ -16,8 +16,8 @@ import torch
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.layouts import full_allow
 from dllm_toolkit.training.lora import has_adapter, save_adapter
-from dllm_toolkit.training.objectives import full_allow
 
 if TYPE_CHECKING:
     from dllm_toolkit.recipe import Recipe

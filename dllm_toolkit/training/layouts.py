@@ -1,5 +1,6 @@
 """How rows lie before the model: a layout says which lanes there are, who sees whom, and where the logits of each position are read.
 
+    Own           [ prompt | noisy answer ]                          the attention that the model has, block-causal or causal too
     Full          [ prompt | noisy answer ]                          everybody sees everybody
     BlockCausal   [ prompt | noisy answer ]                          blocks see themselves and what is before them: a D2F student
     Annealed      [ prompt | noisy answer ]                          the past, and a growing share of the future: from AR to diffusion
@@ -26,19 +27,19 @@ from dllm_toolkit.models.base import Query
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import masks
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.objectives import full_blocks
-from dllm_toolkit.types import Attention
+from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
 
 
 class Seen(NamedTuple):
     """What the model is given: W lanes a row, and where each canvas position is read.
 
-    block: the rule once more, for attention over tiles: q sees k where block[k] <= block[q]. None for rules that are no order of blocks.
+    allow: None is the past, for models that see nothing else. block: the rule once more, for attention over tiles: q sees k where
+    block[k] <= block[q]. None for rules that are no order of blocks.
     """
 
     tokens: Int[Tensor, "B W"]
     positions: Int[Tensor, "B W"]
-    allow: Bool[Tensor, "B W W"]
+    allow: Bool[Tensor, "B W W"] | None
     read: Int[Tensor, "B L"]
     block: Int[Tensor, "B W"] | None = None
 
@@ -74,16 +75,44 @@ def read_logits(model: Transformer, seen: Seen) -> Float[Tensor, "B L V"]:
     return model(Query(seen.tokens, seen.positions, None, seen.allow, seen.read))
 
 
-def single(tokens: Int[Tensor, "B L"], allow: Bool[Tensor, "B L L"], shift: int, block: Int[Tensor, "B L"] | None = None) -> Seen:
+def single(tokens: Int[Tensor, "B L"], allow: Bool[Tensor, "B L L"] | None, shift: int, block: Int[Tensor, "B L"] | None = None) -> Seen:
     """One lane a position."""
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return Seen(tokens, place, allow, (place - shift).clamp(min=0), block)
 
 
-def canvas_blocks(batch: Batch, block_length: int) -> Int[Tensor, "B L"]:
-    """Block of each position, 0 for the prompt; the padding behind the answer is a block of its own that only itself sees."""
-    length = batch.tokens.shape[1]
-    return masks.answer_blocks(batch.prompt_length, length, block_length).masked_fill(~batch.inside, length + 1)
+def full_blocks(batch: Batch) -> Int[Tensor, "B L"]:
+    """Everybody sees prompt and answer (block 0); the padding behind the answer is block 1, which only itself sees."""
+    return (~batch.inside).long()
+
+
+def full_allow(batch: Batch) -> Bool[Tensor, "B L L"]:
+    """Everybody sees prompt and answer; nobody sees the padding behind the answer."""
+    return batch.inside.unsqueeze(1).expand(*batch.tokens.shape, batch.tokens.shape[1])
+
+
+def canvas_blocks(batch: Batch, block_length: int, anchor: BlockAnchor = "prompt") -> Int[Tensor, "B L"]:
+    """Block of each position, 0 for the prompt; the padding behind the answer is a block of its own that only itself sees.
+
+    anchor: blocks begin at the prompt's end, or at multiples of their length, wherever the prompt ends.
+
+    k:  p p | 1 1 | 2 2 | .
+    p   x x   . .   . .   .      under the rule of blocks the prompt never sees the answer
+    1   x x   x x   . .   .
+    2   x x   x x   x x   .
+    .   x x   x x   x x   x      padding: no row of the softmax is empty
+    """
+    rows, length = batch.tokens.shape
+    if anchor == "absolute":
+        block = masks.absolute_blocks(rows, length, block_length, batch.tokens.device)
+    else:
+        block = masks.answer_blocks(batch.prompt_length, length, block_length)
+    return block.masked_fill(~batch.inside, length + 1)
+
+
+def model_blocks(batch: Batch, spec: ModelSpec) -> Int[Tensor, "B L"]:
+    """Blocks as a block-causal model counts them."""
+    return canvas_blocks(batch, spec.block_size or batch.answer_length, spec.block_anchor)
 
 
 @dataclass(frozen=True)
@@ -91,7 +120,22 @@ class Full(Layout):
     """Everybody sees prompt and answer; nobody sees the padding behind the answer."""
 
     def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator) -> Seen:
-        return single(tokens, batch.inside.unsqueeze(1).expand(*tokens.shape, tokens.shape[1]), shift, full_blocks(batch))
+        return single(tokens, full_allow(batch), shift, full_blocks(batch))
+
+
+@dataclass(frozen=True)
+class Own(Layout):
+    """The attention rule of a model: what it decodes with, and was trained with."""
+
+    spec: ModelSpec
+
+    def __call__(self, batch: Batch, tokens: Int[Tensor, "B L"], shift: int, generator: torch.Generator | None = None) -> Seen:
+        if self.spec.attention == "causal":
+            return single(tokens, None, shift)
+        if self.spec.attention == "full":
+            return single(tokens, full_allow(batch), shift, full_blocks(batch))
+        block = model_blocks(batch, self.spec)
+        return single(tokens, masks.block_causal(block), shift, block)
 
 
 @dataclass(frozen=True)

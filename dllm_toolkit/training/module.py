@@ -20,10 +20,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
+from dllm_toolkit.training import shared
+from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.ema import Average, whole
-from dllm_toolkit.training.objectives import Loss, Objective
+from dllm_toolkit.training.losses import Loss
 from dllm_toolkit.training.optim import LearningRate, OptimizerRecipe
 from dllm_toolkit.training.split import Split
 
@@ -40,7 +42,7 @@ class DiffusionModule(pl.LightningModule):
     def __init__(
         self,
         model: Transformer,
-        objective: Objective,
+        objective: Composed,
         optimizer: OptimizerRecipe,
         schedule: LearningRate,
         *,
@@ -88,12 +90,7 @@ class DiffusionModule(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1]."""
-        shares = [0.0]
-        if self.max_steps is not None:
-            shares.append(self.global_step / self.max_steps)
-        if self.max_minutes is not None:
-            shares.append(self.seconds / (60.0 * self.max_minutes))
-        return min(1.0, max(shares))
+        return shared.progress(self.global_step, self.max_steps, self.seconds, self.max_minutes)
 
     # ---- one step
 
@@ -146,16 +143,16 @@ class DiffusionModule(pl.LightningModule):
             for number in range(self.batches, self.batches + count):
                 noise = self.noise(_NOISE, number)
                 one = self.objective.divisor(self.upcoming(number), self.model.spec, noise, progress)
-                divisor = one if divisor is None or one is None else divisor + one
+                divisor = one if divisor is None else divisor + one
             self._step = progress, divisor
         return self._step
 
     def _summed(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of the whole batch, the same in every process."""
-        if self._split is None or loss.share is None:
+        if not loss.part:
             return loss.value.detach(), loss.metrics
         # One small message a step, which no process waits for before it logs.
-        parts = torch.stack([loss.value.detach(), *(value.to(loss.value.dtype) for value in loss.metrics.values())]) * loss.share
+        parts = torch.stack([loss.value.detach(), *(value.to(loss.value.dtype) for value in loss.metrics.values())])
         torch.distributed.all_reduce(parts)
         return parts[0], dict(zip(loss.metrics, parts[1:], strict=True))
 

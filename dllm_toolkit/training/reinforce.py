@@ -154,10 +154,7 @@ class PolicyModule(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1]."""
-        settings = self.built.trainer
-        steps = 0.0 if settings.iterations is None else self.iteration / settings.iterations
-        minutes = 0.0 if settings.max_minutes is None else self.seconds / (60.0 * settings.max_minutes)
-        return min(1.0, max(steps, minutes))
+        return shared.progress(self.iteration, self.built.trainer.iterations, self.seconds, self.built.trainer.max_minutes)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.built.optimizer.begin(self.model.named_parameters(), self.device)

@@ -21,12 +21,12 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
+from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
 from dllm_toolkit.training.export import export, write_training_card
 from dllm_toolkit.training.lora import Lora
 from dllm_toolkit.training.module import DiffusionModule
-from dllm_toolkit.training.objectives import D2FDistillation, Objective
 from dllm_toolkit.training.optim import AdamW, Cosine, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.shared import TrainError, placed, say
 from dllm_toolkit.training.split import Split
@@ -83,7 +83,7 @@ class TrainRecipe:
 
     model: Lazy[Model]
     data: Data
-    objective: Objective
+    objective: Composed
     output: Path
     optimizer: OptimizerRecipe = AdamW()
     schedule: LearningRate = Cosine()
@@ -107,7 +107,7 @@ class TrainRecipe:
                 f"objective {type(self.objective).__name__} learns from no teacher, got one. It would be loaded and never asked. "
                 "Leave teacher: out, or write another objective, such as dscd."
             )
-        if self.teacher is not None and not self.objective.takes_teacher:
+        if self.teacher is not None and self.objective.one_head:
             raise TrainError(
                 f"objective {type(self.objective).__name__} computes teacher and student under one LM head, got a teacher of its own. "
                 "Write lora: instead; the teacher is then the model with its adapter off."
@@ -117,7 +117,7 @@ class TrainRecipe:
                 f"objective {type(self.objective).__name__} follows recorded decodes, got {type(self.data).__name__}, which has none. "
                 "Write data: {_component_: recorded, prompts: ..., model: ..., decoder: ..., store: ...}."
             )
-        if isinstance(self.objective, D2FDistillation) and self.lora is not None and "lm_head" in self.lora.targets:
+        if self.objective.one_head and self.lora is not None and "lm_head" in self.lora.targets:
             raise TrainError(
                 f"the LM head must be the same for teacher and student, got lora.targets {list(self.lora.targets)}. The loss compares "
                 "hidden states under one head. Write lora.targets without lm_head."
@@ -147,7 +147,7 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     if trainer.world_size > 1 and not built.objective.splits:
         raise ToolkitError(
             f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. It has "
-            "a loss of its own, and nothing says how losses of parts of a batch add up (`Objective.splits`). Write devices: 1 under "
+            "a loss of its own, and nothing says how losses of parts of a batch add up (`Composed.splits`). Write devices: 1 under "
             "trainer, or give its terms instead."
         )
     if trainer.is_global_zero:

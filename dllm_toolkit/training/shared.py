@@ -53,6 +53,12 @@ def check_device(accelerator: str) -> None:
         raise TrainError("no GPU is there, got accelerator 'gpu'. Write accelerator: auto, or cpu.")
 
 
+def progress(step: int, steps: int | None, seconds: float, minutes: float | None) -> float:
+    """The share of a run that is over, in [0, 1]: of its steps or of its time, whichever is larger."""
+    shares = [0.0] + ([] if steps is None else [step / steps]) + ([] if minutes is None else [seconds / (60.0 * minutes)])
+    return min(1.0, max(shares))
+
+
 def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None, validation: Any = None) -> None:
     """Train from `checkpoint`, if there is one."""
     try:

@@ -3,16 +3,12 @@
 Every process gets the rows of all (ids are small), draws the noise of all from one generator, and keeps its part:
 
     whole batch      r0 r1 r2 r3 r4 r5      hidden positions and weights drawn once, the same in every process
-    process 0        r0 r1 r2               loss l_0, a share s_0 of what the whole loss is divided by (e.g. masked tokens)
-    process 1                 r3 r4 r5      loss l_1, share s_1
+    process 0        r0 r1 r2               n_0, d_0 of every term and copy: its sum over its rows, and what that is divided by
+    process 1                 r3 r4 r5      n_1, d_1
 
-The whole loss is s_0 l_0 + s_1 l_1. Averaging gradients as they come would weigh a process with few masked tokens like one with many.
-
-A loss of several terms divides each by a number of its own, and how many positions pass a gate is known only after the forward. Such a loss
-stays in sums (`Sums`) until the processes have told each other what they divide by, K C numbers:
-
-    process 0        n_0, d_0               of every term and copy
-    process 1        n_1, d_1               losses n_0 / (d_0 + d_1) and n_1 / (d_0 + d_1), which are added
+Averaging gradients of n_i / d_i would weigh a process with few masked tokens like one with many. The loss of a process is n_i / (d_0 + d_1)
+and these are added. How many positions pass a gate is known only after the forward, so a loss stays in sums (`Sums`) until the processes
+have told each other what they divide by, K C numbers.
 """
 
 from __future__ import annotations
@@ -42,10 +38,6 @@ class Split:
         size, rest = divmod(rows.shape[0], self.world)
         assert rest == 0, f"{rows.shape[0]} rows do not go into {self.world} equal parts"
         return rows[self.rank * size : (self.rank + 1) * size]
-
-    def share(self, mass: Tensor) -> Tensor:
-        """This part's share of the sum of `mass` [B], what the whole loss is divided by; 0 if that is 0."""
-        return ratio(self._part(mass).sum(), mass.sum())
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum of all parts' `numbers`, without gradient, the same in every process. All of them must ask for it."""

@@ -27,14 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_toolkit.training.objectives import (
-    Normaliser,
-    ObjectiveError,
-    cross_entropy,
-    reverse_kl,
-    soft_cross_entropy,
-    wide,
-)
+from dllm_toolkit.training.losses import Normaliser, ObjectiveError, cross_entropy, reverse_kl, soft_cross_entropy, wide
 
 
 @dataclass(frozen=True)

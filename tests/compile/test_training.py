@@ -12,10 +12,11 @@ from torch._dynamo.utils import counters
 from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.training import forward
 from dllm_toolkit.training.corruptors import Batch
+from dllm_toolkit.training.layouts import canvas_blocks
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
 from dllm_toolkit.training.methods.dscd import DSCD
-from dllm_toolkit.training.objectives import D2FDistillation, full_blocks, student_blocks
+from dllm_toolkit.training.objectives import D2FDistillation, full_blocks
 
 
 def test_layers_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def test_layers_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             model.zero_grad()
         assert all(torch.allclose(mine, theirs, atol=1e-12) for mine, theirs in zip(*values, strict=True))
         with torch.no_grad():
-            for block in (full_blocks(batch), student_blocks(batch, 4)):
+            for block in (full_blocks(batch), canvas_blocks(batch, 4)):
                 hidden = tiles.hidden(model.eval(), tokens, block)
                 assert torch.allclose(hidden, forward.Forward().hidden(model, tokens, block), atol=1e-12)
         model.train()

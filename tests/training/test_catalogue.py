@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from dllm_toolkit.ops import corrupt, masks
 from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.state import Proposal, Region, State
 from dllm_toolkit.testing.models import EOS, VOCABULARY, Oracle, Scripted, tiny_transformer, toy_spec
-from dllm_toolkit.training.composed import hidden
+from dllm_toolkit.training.composed import Copy, hidden
 from dllm_toolkit.training.corruptors import Batch, ExactCount, Uniform
 from dllm_toolkit.training.estimators import Coupled, OneStep, score
 from dllm_toolkit.training.filter import filter_loss
@@ -41,7 +41,6 @@ from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.objectives import (
     MaskedDiffusion,
     Objective,
-    View,
     cross_entropy,
     full_allow,
     reverse_kl,
@@ -109,7 +108,15 @@ X = (2, 0, 1)
 class Knows:
     """A model that knows the joint distribution of three tokens behind a prompt of one."""
 
-    spec = SimpleNamespace(attention="full", shift=0, mask_id=V, block_size=None)
+    spec = SimpleNamespace(attention="full", shift=0, mask_id=V, block_size=None, vocab_size=V + 1)
+    layers = ()
+    norm = lm_head = torch.nn.Identity()
+
+    def lanes(self, query: Query, kv: None) -> None:
+        return None
+
+    def enter(self, query: Query) -> Tensor:
+        return self.logits(query.tokens)
 
     def logits(self, tokens: Tensor, allow: Tensor | None = None) -> Tensor:
         (row,) = tokens[:, 1:].tolist()
@@ -126,8 +133,9 @@ def loss_of(counted: tuple[bool, ...], also: tuple[bool, ...] = (False,) * L) ->
     batch = Batch(torch.tensor([[0, *X]]), torch.tensor([1]), L)
     weight = torch.tensor([[0.0, *counted]], dtype=torch.float64)
     masked = (weight > 0) | torch.tensor([[False, *also]])
-    view = View(batch.tokens.masked_fill(masked, V), masked, weight)
-    return float(MaskedDiffusion(normaliser="none").loss(Knows(), batch, view).value)  # type: ignore[arg-type]
+    objective, model = MaskedDiffusion(normaliser="none"), cast(Any, Knows())
+    view = objective.shown(batch, [Copy(batch.tokens.masked_fill(masked, V), weight)], model.spec, seeded(), 1.0)
+    return float(objective.loss(model, batch, view).value)
 
 
 ALPHA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -350,8 +358,8 @@ def test_llada_is_mdlm_is_block_diffusion_with_one_block() -> None:
     batch, model = rows(), tiny("block_causal", block_size=ANSWER)
     llada = MaskedDiffusion(Uniform(floor=1e-3))
     assert value(llada, model, batch) == pytest.approx(value(BlockDiffusion(ANSWER), model, batch), abs=1e-6)
-    view = llada.corrupt(batch, MASK, seeded())
-    assert torch.equal(view.weight > 0, view.masked)
+    view = llada.show(batch, model.spec, seeded(), 0.0)
+    assert torch.equal(view.weight > 0, view.tokens == MASK)
 
 
 def test_sdar_is_block_diffusion_with_one_level_a_row() -> None:
@@ -395,14 +403,14 @@ def test_certainty_forcing_without_certainty_is_plain_training_on_a_block_and_it
 @pytest.mark.parametrize("normaliser", ["masked_count", "sum_of_weights", "answer_length", "none"])
 def test_accumulated_batches_are_one_larger_batch(normaliser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T29: the gradient is that of both batches' rows under one normaliser, not the mean of two means."""
-    seen: list[tuple[Batch, View]] = []
-    original = MaskedDiffusion.loss
+    seen: list[tuple[Batch, Copy]] = []
+    original = MaskedDiffusion.shown
 
-    def listening(self: MaskedDiffusion, model: Any, batch: Batch, view: View) -> Any:
-        seen.append((batch, view))
-        return original(self, model, batch, view)
+    def listening(self: MaskedDiffusion, batch: Batch, copies: list[Copy], *others: Any) -> Any:
+        seen.append((batch, copies[0]))
+        return original(self, batch, copies, *others)
 
-    monkeypatch.setattr(MaskedDiffusion, "loss", listening)
+    monkeypatch.setattr(MaskedDiffusion, "shown", listening)
     shape = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 192}
     tree = {
         "model": {"_component_": "fresh", **shape},
@@ -415,10 +423,11 @@ def test_accumulated_batches_are_one_larger_batch(normaliser: Any, tmp_path: Pat
     module = run_training(recipe, recipe.build(TrainRecipe))
     (one, first), (other, second) = seen[:2]
     batch = Batch(torch.cat((one.tokens, other.tokens)), torch.cat((one.prompt_length, other.prompt_length)), one.answer_length)
-    view = View(*(torch.cat(both) for both in zip(first[:3], second[:3], strict=True)))
+    copy = Copy(*(torch.cat(both) for both in zip(first[:2], second[:2], strict=True)))
     model: Any = recipe.build(TrainRecipe).model.build()
-    original(MaskedDiffusion(Uniform(), normaliser), model, batch, view).value.backward()
+    objective = MaskedDiffusion(Uniform(), normaliser)
+    objective.loss(model, batch, original(objective, batch, [copy], model.spec, seeded(), 1.0)).value.backward()
     wanted = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]).norm()
     assert module.gradient_norm is not None and float(module.gradient_norm) == pytest.approx(float(wanted), rel=1e-4)
-    sizes = [float((view.weight > 0).sum()) for view in (first, second)]
+    sizes = [float((one.weight > 0).sum()) for one in (first, second)]
     assert sizes[0] != sizes[1]

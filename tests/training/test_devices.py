@@ -23,14 +23,15 @@ from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Doubled, Full
+from dllm_toolkit.training.losses import summed
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, cap
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
 from dllm_toolkit.training.methods.diffullama import Adaptation
 from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.methods.dscd import DSCD
-from dllm_toolkit.training.objectives import D2FDistillation, Loss, MaskedDiffusion, Normaliser, Objective, View, normalise
+from dllm_toolkit.training.objectives import Autoregressive, D2FDistillation, Loss, MaskedDiffusion, Normaliser, Objective, normalise
 from dllm_toolkit.training.run import TrainRecipe, run_training
-from dllm_toolkit.training.split import Split
+from dllm_toolkit.training.split import Split, ratio
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, ForwardKL, Term
 from dllm_toolkit.types import ModelSpec
 
@@ -156,26 +157,23 @@ SPEC = ModelSpec(
 )
 
 
-def whole_batch() -> tuple[Batch, View, torch.Tensor]:
-    """Six rows with unequal numbers of hidden tokens, one with none; and a value for every position."""
+def whole_batch() -> tuple[Batch, Tensor, Tensor]:
+    """Six rows; weights of unequal numbers of hidden tokens, in one row none; and a value for every position."""
     torch.manual_seed(3)
     batch = Batch(torch.randint(2, 8, (6, 10)), torch.full((6,), 4), 6)
     masked = batch.answer & (torch.rand(6, 10) < torch.tensor([0.1, 0.9, 0.5, 0.0, 1.0, 0.3]).unsqueeze(1))
-    return batch, View(batch.tokens.masked_fill(masked, 8), masked, masked * torch.rand(6, 10)), torch.rand(6, 10)
+    return batch, masked * torch.rand(6, 10), torch.rand(6, 10)
 
 
 @pytest.mark.parametrize("how", ["answer_length", "batch_length", "masked_count", "row_masked_count", "sum_of_weights", "none"])
-@pytest.mark.parametrize("kind", [MaskedDiffusion, D2FDistillation])
-def test_parts_of_a_batch_add_up(how: Normaliser, kind: type[MaskedDiffusion] | type[D2FDistillation]) -> None:
-    batch, view, values = whole_batch()
-    mass = kind(normaliser=how).mass(SPEC, batch, view)
-    total = torch.zeros(())
+def test_parts_of_a_batch_add_up(how: Normaliser) -> None:
+    batch, weight, values = whole_batch()
+    over, under = torch.zeros(2)
     for rank in range(3):
-        split = Split(rank, 3)
-        part, seen = split.of(batch), split.of(view)
-        loss = normalise(values[2 * rank : 2 * rank + 2], seen.weight, part.answer, how)
-        total = total + loss * (1 if mass is None else split.share(mass))
-    assert torch.allclose(total, normalise(values, view.weight, batch.answer, how))
+        rows = slice(2 * rank, 2 * rank + 2)
+        one, mass = summed(values[rows], weight[rows], Split(rank, 3).of(batch).answer, how)
+        over, under = over + one, under + mass
+    assert torch.allclose(ratio(over, under), normalise(values, weight, batch.answer, how))
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,8 @@ def measured(objective: Objective, calls: Sequence[dict], batch: Batch) -> list[
 
 @pytest.mark.parametrize(
     "objective",
-    [ByToken(), ByToken("masked_count"), DSCD(), CertaintyForcing(3), PseudoTrajectory(3), cap(3), BlockDiffusion(3), Adaptation(1.0)],
+    [ByToken(), ByToken("masked_count"), DSCD(), CertaintyForcing(3), PseudoTrajectory(3), cap(3), BlockDiffusion(3), Adaptation(1.0)]
+    + [MaskedDiffusion(), D2FDistillation(3, normaliser="sum_of_weights"), Autoregressive()],
     ids=lambda one: type(one).__name__,
 )
 def test_parts_of_a_sum_of_terms_add_up(objective: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,28 +298,3 @@ def test_a_loss_of_ones_own_instead_of_terms_is_a_mean_over_rows(tmp_path: Path)
     with pytest.raises(ToolkitError, match="got Own with 2 devices.*Write devices: 1"):
         run_training(recipe, replace(recipe.build(TrainRecipe), objective=objective))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_batch_without_anything_to_learn_has_no_share() -> None:
-    assert Split(0, 2).share(torch.zeros(4)) == 0
-
-
-class Mean(Objective):
-    """An objective of a researcher: the mean of the rows, with no word about parts."""
-
-    def corrupt(self, batch: Batch, mask_id: int, generator: torch.Generator) -> View:
-        return View(batch.tokens, batch.answer, batch.answer.float())
-
-    def loss(self, model: object, batch: Batch, view: View) -> Loss:
-        return Loss(view.tokens.float().mean(), {})
-
-
-def test_the_default_is_the_mean_of_the_rows() -> None:
-    class Model:
-        spec = SPEC
-
-    batch, *_ = whole_batch()
-    parts = [Mean()(Model(), batch, torch.Generator(), split=Split(rank, 2)) for rank in range(2)]  # type: ignore[arg-type]
-    whole = Mean()(Model(), batch, torch.Generator())  # type: ignore[arg-type]
-    assert whole.share is None and [float(part.share) for part in parts] == [0.5, 0.5]
-    assert torch.isclose(sum(part.value * part.share for part in parts), whole.value)

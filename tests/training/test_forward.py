@@ -21,7 +21,7 @@ from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory
 from dllm_toolkit.training.methods.diffullama import Adaptation
 from dllm_toolkit.training.methods.dscd import DSCD
-from dllm_toolkit.training.objectives import D2FDistillation, full_allow, normalise
+from dllm_toolkit.training.objectives import D2FDistillation, MaskedDiffusion, full_allow, normalise
 from dllm_toolkit.training.terms import Selected, teacher_gap
 
 BATCH = Batch(torch.randint(0, 59, (3, 40), generator=torch.Generator().manual_seed(0)), torch.tensor([4, 6, 12]), 24)
@@ -142,7 +142,9 @@ def test_what_cannot_be_computed_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "layers"])
-@pytest.mark.parametrize("plain", [D2FDistillation(block_length=8), DSCD(), BlockDiffusion(8)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "plain", [D2FDistillation(block_length=8), DSCD(), BlockDiffusion(8), MaskedDiffusion()], ids=lambda one: type(one).__name__
+)
 def test_compiled_tiles_give_the_dense_step_on_a_gpu(plain: D2FDistillation | Composed, checkpoint: Any) -> None:
     batch = Batch(BATCH.tokens.cuda(), BATCH.prompt_length.cuda(), BATCH.answer_length)
     found = []

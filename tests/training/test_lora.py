@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from dllm_toolkit.models.load import load
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig, transformer
+from dllm_toolkit.training.composed import Copy
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.lora import Lora, LoraError, adapter_off, inject, save_adapter
-from dllm_toolkit.training.objectives import D2FDistillation, View, block_causal_allow
+from dllm_toolkit.training.objectives import D2FDistillation
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vectors"
 CASES = json.loads((GOLDEN / "training" / "d2f_training.json").read_text())["cases"]
@@ -103,11 +104,11 @@ def test_the_official_loss_and_its_gradients(case) -> None:
     prompt = torch.tensor(arguments["question_length"])
     # Answers run to the end of the row, whatever the prompt's length.
     batch = Batch(tensors["input_ids"], prompt, tensors["input_ids"].shape[1] - int(prompt.min()))
-    assert torch.equal(block_causal_allow(batch, arguments["block_size"]), tensors["attention_allowed"])
     masked = tensors["masked_indices"]
     weight = masked / torch.where(masked, tensors["p_mask"], 1.0)
     objective = D2FDistillation(block_length=arguments["block_size"], self_align=arguments["self_align"])
-    view = View(tensors["noisy_batch"], masked, weight)
+    view = objective.shown(batch, [Copy(tensors["noisy_batch"], weight)], model.spec, torch.Generator(), 1.0)
+    assert view.seen.allow is not None and torch.equal(view.seen.allow, tensors["attention_allowed"])
     if objective.needs_teacher:
         with torch.no_grad(), adapter_off(model):
             view = objective.teach(model, batch, view)

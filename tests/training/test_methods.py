@@ -16,7 +16,8 @@ from dllm_toolkit.ops import masks
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch, ExactCount, Monotone
 from dllm_toolkit.training.data import DataError
-from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, read_logits
+from dllm_toolkit.training.forward import Forward
+from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, canvas_blocks, read_logits
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, cap, fast_dllm_v2, sdar
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory, late
@@ -26,7 +27,7 @@ from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.methods.dscd import DSCD, counts
 from dllm_toolkit.training.methods.llada21 import TokenEditing
 from dllm_toolkit.training.methods.path import PathDistillation
-from dllm_toolkit.training.objectives import D2FDistillation, MaskedDiffusion, Objective, ObjectiveError, normalise
+from dllm_toolkit.training.objectives import Autoregressive, D2FDistillation, MaskedDiffusion, Objective, ObjectiveError, normalise
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, ForwardKL, Ramp, Selected, entropy, interpolated, stage
 
 MASK, ANSWER = 10, 12
@@ -407,7 +408,7 @@ def test_masked_diffusion_is_a_sum_of_one_term() -> None:
 
 
 def test_d2f_is_a_sum_of_one_term() -> None:
-    """Monotone noise, block-causal layout, forward KL: on the core the same loss as the objective that is computed by rows."""
+    """Monotone noise, block-causal layout, forward KL."""
 
     @dataclass(frozen=True)
     class OnTheCore(Composed):
@@ -427,3 +428,45 @@ def test_d2f_is_a_sum_of_one_term() -> None:
     one, other = (objective(model, batch, seeded()) for objective in (OnTheCore(), D2FDistillation(4)))
     assert float(one.value.detach()) == pytest.approx(float(other.value.detach()), abs=1e-6)
     assert float(one.metrics["kl"]) > 0 and float(one.metrics["teacher_agreement"]) == float(other.metrics["teacher_agreement"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "reverse_kl", "temperature": 2.0, "weighted": False}, {"self_align": False}], ids=str
+)
+def test_what_d2f_computes_by_rows_is_what_its_term_says(options) -> None:
+    """With the gradient, and a chunk at a time."""
+
+    class ByTerm(D2FDistillation):
+        one_head = False
+        found = Composed.found
+
+    model = inject(tiny(shift=1), Lora(rank=2, alpha=2, targets=("q_proj",))).double()
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.5)
+    values, gradients, seen = [], [], []
+    for kind in (ByTerm, D2FDistillation):
+        loss = kind(4, forward=Forward(chunk=9), **options)(model, rows(), seeded())
+        values.append(loss.value.detach())
+        gradients.append(torch.cat([one.flatten() for one in torch.autograd.grad(loss.value, trained)]))
+        seen.append({name: float(value) for name, value in loss.metrics.items() if "kl" not in name})
+    assert (
+        torch.allclose(*values, atol=1e-9)
+        and torch.allclose(*gradients, atol=1e-9)
+        and gradients[0].any()
+        and seen[0] == pytest.approx(seen[1])
+    )
+
+
+def test_masked_diffusion_sees_what_its_model_sees() -> None:
+    """Blocks from the prompt's end or from the row's start, or the past: as the model decodes."""
+    batch = rows()
+    for anchor, block in (("prompt", canvas_blocks(batch, 4)), ("absolute", masks.absolute_blocks(4, 22, 4, batch.tokens.device))):
+        spec = replace(SPEC, attention="block_causal", block_size=4, block_anchor=anchor)
+        allow = MaskedDiffusion().show(batch, spec, seeded(), 0.0).seen.allow
+        both = batch.inside.unsqueeze(1) & batch.inside.unsqueeze(2)
+        assert torch.equal(allow & both, masks.block_causal(block) & both)
+    assert (
+        MaskedDiffusion().decodes() is None
+        and Autoregressive().show(batch, replace(SPEC, attention="causal"), seeded(), 0.0).seen.allow is None
+    )

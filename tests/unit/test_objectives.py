@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dllm_toolkit.models.transformer import transformer
+from dllm_toolkit.ops.masks import block_causal
+from dllm_toolkit.training.composed import Composed, Copy, Shown
 from dllm_toolkit.training.corruptors import ActiveBlock, Batch, ExactCount, Independent, Uniform
+from dllm_toolkit.training.layouts import canvas_blocks
 from dllm_toolkit.training.objectives import (
     Autoregressive,
     D2FDistillation,
     MaskedDiffusion,
     ObjectiveError,
-    View,
-    block_causal_allow,
     cross_entropy,
     full_allow,
     normalise,
@@ -33,7 +35,15 @@ JOINT /= JOINT.sum()
 class Exact:
     """A model that knows the joint distribution: logits are log p(x_i | everything that is not masked). One prompt token in front."""
 
-    spec = SimpleNamespace(attention="full", shift=0, mask_id=MASK, eos_ids=(), block_size=None)
+    spec = SimpleNamespace(attention="full", shift=0, mask_id=MASK, eos_ids=(), block_size=None, vocab_size=V + 1)
+    layers = ()
+    norm = lm_head = torch.nn.Identity()
+
+    def lanes(self, query: Any, kv: Any) -> None:
+        return None
+
+    def enter(self, query: Any) -> torch.Tensor:
+        return self.logits(query.tokens)
 
     def logits(self, tokens: torch.Tensor, allow: torch.Tensor | None = None) -> torch.Tensor:
         rows = []
@@ -61,20 +71,23 @@ def row(x: tuple[int, ...]) -> Batch:
     return Batch(torch.tensor([[0, *x]]), torch.tensor([1]), L)
 
 
-def view(x: tuple[int, ...], subset: torch.Tensor, weight: torch.Tensor | float) -> View:
+def shown(objective: Composed, batch: Batch, masked: torch.Tensor, weight: torch.Tensor, model: Any) -> Shown:
+    copy = Copy(batch.tokens.masked_fill(masked, model.spec.mask_id), weight)
+    return objective.shown(batch, [copy], model.spec, torch.Generator(), 1.0)
+
+
+def bound(model: Any, x: tuple[int, ...], subset: torch.Tensor) -> float:
+    """The weighted loss of one set of masks, times its probability given their number."""
+    objective, count = MaskedDiffusion(normaliser="none"), int(subset.sum())
     masked = torch.cat((torch.tensor([False]), subset)).unsqueeze(0)
-    tokens = torch.tensor([[0, *x]]).masked_fill(masked, MASK)
-    return View(tokens, masked, masked * torch.as_tensor(weight, dtype=torch.float64))
+    view = shown(objective, row(x), masked, masked * torch.as_tensor(L / count, dtype=torch.float64), model)
+    return float(objective.loss(model, row(x), view).value) / (L * math.comb(L, count))
 
 
 @pytest.mark.parametrize("x", SEQUENCES[::4])
 def test_exact_count_bound_is_the_negative_log_likelihood(x) -> None:
     """I1, I2: k uniform, subset uniform, weight L/k; with exact conditionals the expected loss is -log p(x)."""
-    objective = MaskedDiffusion(normaliser="none")
-    expected = sum(
-        float(objective.loss(Exact(), row(x), view(x, subset, L / int(subset.sum()))).value) / (L * math.comb(L, int(subset.sum())))
-        for subset in SUBSETS
-    )
+    expected = sum(bound(Exact(), x, subset) for subset in SUBSETS)
     assert expected == pytest.approx(-math.log(JOINT[x]), abs=1e-12)
 
 
@@ -113,16 +126,7 @@ def test_another_models_bound_is_no_lower() -> None:
             return super().logits(tokens, allow) * 0.7
 
     entropy = -(JOINT * JOINT.log()).sum()
-    bound = sum(
-        float(JOINT[x])
-        * sum(
-            float(MaskedDiffusion(normaliser="none").loss(Worse(), row(x), view(x, s, L / int(s.sum()))).value)
-            / (L * math.comb(L, int(s.sum())))
-            for s in SUBSETS
-        )
-        for x in SEQUENCES
-    )
-    assert bound > entropy
+    assert sum(float(JOINT[x]) * sum(bound(Worse(), x, s) for s in SUBSETS) for x in SEQUENCES) > entropy
 
 
 def test_normalisers_have_their_own_closed_forms() -> None:
@@ -186,14 +190,14 @@ def rows_of(seed: int = 0) -> Batch:
 def test_padding_behind_the_answer_is_invisible() -> None:
     batch, model = rows_of(), tiny()
     noise = batch.tokens.masked_fill(~batch.inside, 5)
-    for allow in (full_allow(batch), block_causal_allow(batch, 4)):
+    for allow in (full_allow(batch), block_causal(canvas_blocks(batch, 4))):
         changed = model.logits(noise, allow) - model.logits(batch.tokens, allow)
         assert changed[batch.inside].abs().max() < 1e-12
 
 
 def test_block_causal_mask_by_perturbation_and_by_hand() -> None:
     batch = rows_of()
-    allow = block_causal_allow(batch, 4)
+    allow = block_causal(canvas_blocks(batch, 4))
     for r, begin in enumerate(batch.prompt_length.tolist()):
         for q in range(begin + 10):
             for k in range(20):
@@ -205,18 +209,14 @@ def test_block_causal_mask_by_perturbation_and_by_hand() -> None:
 
 def test_rows_do_not_influence_each_other() -> None:
     batch, model = rows_of(), tiny()
-    corruption = MaskedDiffusion().corrupt(batch, 10, torch.Generator().manual_seed(0))
-    whole = MaskedDiffusion().loss(model, batch, corruption).value
-    alone = [
-        MaskedDiffusion()
-        .loss(
-            model,
-            Batch(batch.tokens[i : i + 1], batch.prompt_length[i : i + 1], 10),
-            View(corruption.tokens[i : i + 1], corruption.masked[i : i + 1], corruption.weight[i : i + 1]),
-        )
-        .value
-        for i in (2, 0, 1)
-    ]
+    objective = MaskedDiffusion()
+    view = objective.show(batch, model.spec, torch.Generator().manual_seed(0), 1.0)
+    whole = objective.loss(model, batch, view).value
+    alone = []
+    for i in (2, 0, 1):
+        one = Batch(batch.tokens[i : i + 1], batch.prompt_length[i : i + 1], 10)
+        masked = view.tokens[i : i + 1] == 10
+        alone.append(objective.loss(model, one, shown(objective, one, masked, view.weight[i : i + 1], model)).value)
     assert float(whole.detach()) == pytest.approx(float(torch.stack(alone).mean().detach()), abs=1e-9)
 
 
@@ -250,27 +250,28 @@ def test_shifted_models_are_trained_on_the_same_positions(shift) -> None:
     batch, model = rows_of(), tiny(shift=shift)
     masked = torch.zeros_like(batch.answer)
     masked[:, 9] = True
-    shown = View(batch.tokens.masked_fill(masked, 10), masked, masked.double())
-    raw = model(_query(shown.tokens)._replace(allow=full_allow(batch))).log_softmax(-1)
+    objective = MaskedDiffusion(normaliser="sum_of_weights")
+    view = shown(objective, batch, masked, masked.double(), model)
+    raw = model(_query(view.tokens)._replace(allow=full_allow(batch))).log_softmax(-1)
     expected = -raw[torch.arange(3), 9 - shift, batch.tokens[:, 9]].mean()
-    loss = MaskedDiffusion(normaliser="sum_of_weights").loss(model, batch, shown).value
+    loss = objective.loss(model, batch, view).value
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-9)
 
 
 @pytest.mark.parametrize("objective", [MaskedDiffusion(), MaskedDiffusion(noise=ActiveBlock((4,)))], ids=["count", "block"])
 def test_the_loss_is_one_graph(objective) -> None:
     batch, model = rows_of(), tiny()
-    shown = objective.corrupt(batch, 10, torch.Generator().manual_seed(0))
+    view = objective.show(batch, model.spec, torch.Generator().manual_seed(0), 1.0)
     compiled = torch.compile(objective.loss, backend="eager", fullgraph=True, dynamic=False)
-    assert torch.allclose(compiled(model, batch, shown).value, objective.loss(model, batch, shown).value)
+    assert torch.allclose(compiled(model, batch, view).value, objective.loss(model, batch, view).value)
 
 
 def test_d2f_options() -> None:
     assert D2FDistillation(block_length=8).noise.block_length == 8
     assert D2FDistillation().needs_teacher and not D2FDistillation(self_align=False).needs_teacher
     batch = rows_of()
-    plain = D2FDistillation(block_length=4, weighted=False).corrupt(batch, 10, torch.Generator().manual_seed(0))
-    assert set(plain.weight.unique().tolist()) == {0.0, 1.0} and torch.equal(plain.weight > 0, plain.masked)
+    (plain,) = D2FDistillation(block_length=4, weighted=False).drawn(batch, tiny().spec, torch.Generator().manual_seed(0), 1.0)
+    assert set(plain.weight.unique().tolist()) == {0.0, 1.0} and torch.equal(plain.weight > 0, plain.tokens == 10)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.forward import Forward
 from dllm_toolkit.training.layouts import Doubled
-from dllm_toolkit.training.objectives import Normaliser
+from dllm_toolkit.training.losses import Normaliser
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Term, check_blocks, stage
 from dllm_toolkit.types import ModelSpec
 

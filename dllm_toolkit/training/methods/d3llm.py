@@ -24,9 +24,9 @@ from torch import Tensor
 from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy
-from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.methods.dparallel import active_block, complementary
-from dllm_toolkit.training.objectives import Normaliser
+from dllm_toolkit.training.corruptors import Batch, active_block
+from dllm_toolkit.training.losses import Normaliser
+from dllm_toolkit.training.methods.dparallel import complementary
 from dllm_toolkit.training.recorded import require_steps
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Ramp, Term, check_blocks, check_temperature, interpolated
 from dllm_toolkit.types import ModelSpec
@@ -54,7 +54,7 @@ class PseudoTrajectory(Composed):
         corrupt.check_interval(min(self.ratio_low.start, self.ratio_low.end), self.ratio_high)
 
     @property
-    def needs_steps(self) -> bool:
+    def needs_steps(self) -> bool:  # type: ignore[override]
         return self.order == "trajectory"
 
     @property

@@ -22,7 +22,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Layout, Seen, single
-from dllm_toolkit.training.objectives import ObjectiveError
+from dllm_toolkit.training.losses import ObjectiveError
 from dllm_toolkit.training.terms import CrossEntropy
 from dllm_toolkit.types import ModelSpec
 

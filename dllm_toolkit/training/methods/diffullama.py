@@ -21,7 +21,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch, Uniform
 from dllm_toolkit.training.layouts import Annealed, Full, Layout
-from dllm_toolkit.training.objectives import Normaliser
+from dllm_toolkit.training.losses import Normaliser
 from dllm_toolkit.training.terms import CrossEntropy, Term
 from dllm_toolkit.types import ModelSpec
 

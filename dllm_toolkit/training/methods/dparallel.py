@@ -26,8 +26,8 @@ from torch import Tensor
 from dllm_toolkit.ops import corrupt
 from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
-from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.objectives import Normaliser
+from dllm_toolkit.training.corruptors import Batch, active_block
+from dllm_toolkit.training.losses import Normaliser
 from dllm_toolkit.training.terms import Certainty, CrossEntropy, Term, check_blocks, check_temperature
 from dllm_toolkit.types import ModelSpec
 
@@ -65,15 +65,6 @@ class CertaintyForcing(Composed):
         level = torch.full_like(batch.prompt_length, self.ratio, dtype=torch.float32).unsqueeze(1)
         masked = corrupt.bernoulli(level, active, generator)
         return complementary(batch, spec, masked, active, after)
-
-
-def active_block(batch: Batch, block_length: int, generator: torch.Generator) -> tuple[Bool[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """A random block of each answer, and what is behind it. The last block may be shorter."""
-    blocks = -(-batch.answer_length // block_length)
-    chosen = (corrupt.draw((len(batch.tokens), 1), generator) * blocks).long()
-    offset = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) - batch.prompt_length.unsqueeze(1)
-    index = offset.div(block_length, rounding_mode="floor")
-    return batch.answer & (index == chosen), batch.answer & (index > chosen)
 
 
 def complementary(

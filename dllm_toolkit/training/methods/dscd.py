@@ -65,7 +65,7 @@ class DSCD(Composed):
         counted = masked & light if self.revealed == "exclude" else masked
         return [hidden(batch, spec, masked)._replace(hint=hidden(batch, spec, light).tokens, teacher_weight=counted.float())]
 
-    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:  # type: ignore[override]
+    def teach(self, model: Transformer, batch: Batch, view: Shown) -> Shown:
         view = super().teach(model, batch, view)
         if self.revealed != "onehot":
             return view

@@ -23,7 +23,7 @@ from dllm_toolkit.registry import register
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.layouts import Doubled, Full, Layout
-from dllm_toolkit.training.objectives import Normaliser, ObjectiveError
+from dllm_toolkit.training.losses import Normaliser, ObjectiveError
 from dllm_toolkit.training.recorded import require_steps
 from dllm_toolkit.training.terms import CrossEntropy, Term, check_blocks
 from dllm_toolkit.types import ModelSpec
@@ -40,14 +40,12 @@ class PathDistillation(Composed):
     fill: bool = True
     normaliser: Normaliser = "none"
 
+    needs_steps = True
+
     def __post_init__(self) -> None:
         check_blocks(self.block_length)
         if self.jump < 1:
             raise ObjectiveError(f"jump must be at least 1, got {self.jump}. It counts steps of a decode. Write jump: 8.")
-
-    @property
-    def needs_steps(self) -> bool:
-        return True
 
     @property
     def terms(self) -> tuple[Term, ...]:  # type: ignore[override]
