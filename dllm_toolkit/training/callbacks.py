@@ -51,8 +51,9 @@ class Throughput(pl.Callback):
         self._measured = self._skipped = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
         self._mark = None
-        self._measured = trainer.global_step
+        self._measured, self._skipped = trainer.global_step, pl_module.skipped_steps
         if trainer.is_global_zero:
             cut_log(self.path, "step", trainer.global_step)
 
@@ -76,14 +77,14 @@ class Throughput(pl.Callback):
 
     def _check_skipped(self, module: DiffusionModule, step: int) -> None:
         """Say how many steps gave no usable gradient, and end a run in which none does any more."""
-        skipped = 0 if module.skipped is None else int(module.skipped)
+        skipped = module.skipped_steps
         now, self._skipped = skipped - self._skipped, skipped
         if now:
             print(f"step {step:>6}  {now} steps since the last line were skipped: their gradient was NaN or infinite", file=sys.stderr)
         if now >= max(2, self.every):
             raise DataError(
                 f"the last {now} steps gave no gradient that is a number. The run has diverged, or the data or the first weights hold NaN; "
-                "the weights are those of before. Look at the loss in metrics.jsonl, and write a smaller optimizer.learning_rate."
+                "nothing was learned of them. Look at the loss in metrics.jsonl, and write a smaller optimizer.learning_rate."
             )
 
     @staticmethod

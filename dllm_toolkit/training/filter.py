@@ -36,7 +36,19 @@ from dllm_toolkit.training.data import Data, Source
 from dllm_toolkit.training.export import write_training_card
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.oracle import Examples, joined, oracle_examples
-from dllm_toolkit.training.shared import TrainError, check_counts, check_device, check_export, claim, one_device, owned, say
+from dllm_toolkit.training.shared import (
+    TrainError,
+    check_counts,
+    check_device,
+    check_export,
+    check_words,
+    claim,
+    fit,
+    one_device,
+    owned,
+    placed,
+    say,
+)
 
 
 class FilterNetwork(nn.Module):
@@ -189,14 +201,9 @@ def run_filter_training(recipe: Recipe, built: FilterRecipe) -> Filter:
     check_export(recipe, built.export)
     device = torch.device("cuda" if built.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     model: Any = built.model.build()
-    try:
+    with placed(recipe, "data"):
         built.data.check(model.spec.max_positions)
-    except ValueError as error:
-        raise TrainError(recipe.at(("data",), error)) from error
-    if getattr(model, "tokenizer", None) is not None and model.tokenizer.get_vocab() != built.data.tokenizer().get_vocab():
-        raise TrainError(
-            recipe.at(("data",), f"the data's tokens are not the model's, got {type(built.data).__name__}. Its prompts would mean nothing.")
-        )
+        check_words(model, built.data.tokenizer())
     claim(built.output, recipe)
     started = time.monotonic()
     train, heldout = _examples(built, model.to(device), device)
@@ -207,7 +214,7 @@ def run_filter_training(recipe: Recipe, built: FilterRecipe) -> Filter:
         network = FilterNetwork(settings.block_length, settings.layers, settings.hidden or settings.block_length, settings.activation)
     module = FilterModule(built, network, heldout)
     trainer = one_device(built.output, built.trainer.accelerator, max_steps=built.trainer.max_steps, log_every_n_steps=1)
-    trainer.fit(module, Whole(train))
+    fit(trainer, module, Whole(train), None)
     assert module.best is not None
     loss, step, weights = module.best
     network.cpu().load_state_dict(weights)

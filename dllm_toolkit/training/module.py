@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training import shared
+from dllm_toolkit.training.checkpoint import keep_what_is_trained
 from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
@@ -36,7 +37,8 @@ class DiffusionModule(pl.LightningModule):
     """Trains `model` on `objective`.
 
     Progress is the larger of step share and time share, so a time-limited run still anneals to the end. upcoming: the run's batch of a
-    number, with the rows of all processes; asked only if a step has several batches.
+    number, with the rows of all processes; asked only if a step has several batches. base: digest of the frozen weights, which checkpoints
+    have instead of the weights (checkpoint.py).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DiffusionModule(pl.LightningModule):
         seed: int = 0,
         teacher: Transformer | None = None,
         upcoming: Callable[[int], Batch] | None = None,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,6 +64,9 @@ class DiffusionModule(pl.LightningModule):
         self.optimizer_recipe, self.schedule = optimizer, schedule
         self.gradient_clip = gradient_clip
         self.max_steps, self.max_minutes, self.seed = max_steps, max_minutes, seed
+        self.base = base
+        if base is not None:
+            keep_what_is_trained(self)
         self._teacher = (teacher,)  # in a tuple: no part of what is trained, counted and saved
         self.average = Average(model, ema) if ema is not None else None
         self.batches = 0  # micro-batches consumed, over all processes of the run
@@ -69,7 +75,7 @@ class DiffusionModule(pl.LightningModule):
         self.last_loss: Tensor | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
-        self.skipped: Tensor | None = None  # optimiser steps of this process whose gradient was NaN or infinite
+        self.skipped: Tensor | None = None  # see `skipped_steps`
         self._started: float | None = None
         self.upcoming = upcoming
         self._step: tuple[float, Tensor | None] | None = None  # progress and divisor of this optimiser step, if it has several batches
@@ -91,6 +97,11 @@ class DiffusionModule(pl.LightningModule):
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1]."""
         return shared.progress(self.global_step, self.max_steps, self.seconds, self.max_minutes)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps of the run whose gradient was NaN or infinite. Waits for the device."""
+        return 0 if self.skipped is None else int(self.skipped)
 
     # ---- one step
 
@@ -189,7 +200,7 @@ class DiffusionModule(pl.LightningModule):
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self._step = None
         self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
-        # One NaN would stay in the weights for ever. Such a step counts for nothing (and is counted), without waiting for the device.
+        # One NaN would stay in the weights for ever. Such a gradient counts as zero (and is counted), without waiting for the device.
         usable = self.gradient_norm.isfinite()
         for parameter in parameters:
             assert parameter.grad is not None
@@ -267,11 +278,14 @@ class DiffusionModule(pl.LightningModule):
             "last_loss": None if self.last_loss is None else float(self.last_loss),
             "validation_loss": self.validation_loss,
             "average": None if self.average is None else self.average.state_dict(),
+            "base": self.base,
+            "skipped": self.skipped_steps,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["dllm_toolkit"]
         self.batches, self.elapsed, self.validation_loss = own["batches"], own["elapsed"], own["validation_loss"]
         self.last_loss = None if own["last_loss"] is None else torch.tensor(own["last_loss"])
+        self.skipped = torch.tensor(own.get("skipped", 0))  # older checkpoints do not count them
         if self.average is not None:
             self.average.load_state_dict(own["average"])

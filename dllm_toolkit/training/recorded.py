@@ -132,6 +132,10 @@ class RecordedData(Data):
         size = len(examples)
         where = torch.device("cuda" if self.device == "auto" and torch.cuda.is_available() else self.device.replace("auto", "cpu"))
         model: Any = self.model.build()
+        words = self.tokenizer()
+        from dllm_toolkit.training.shared import check_words  # Lightning: for `show` this module is imported without it
+
+        check_words(model, words)
         model = model.to(where)
         print(f"decoding {size} prompts ({split}) on {where} for {self.store}", file=sys.stderr, flush=True)
         longest = max(len(example.prompt) for example in examples)
@@ -145,7 +149,6 @@ class RecordedData(Data):
             inside = torch.arange(width) < (output.begin.cpu() + answer).unsqueeze(1)
             tokens[start : start + len(part), :width] = torch.where(inside, output.canvas.cpu(), model.spec.pad_id).int()
             steps[start : start + len(part), :width] = torch.where(inside, output.born.cpu(), -1).int()
-        words = self.tokenizer()
         answers = [row[len(one.prompt) : len(one.prompt) + answer] for one, row in zip(examples, tokens.tolist(), strict=True)]
         texts = [_text(words, ids, model.spec.eos_ids) for ids in answers]
         right = torch.tensor([one.grade(text) for one, text in zip(examples, texts, strict=True)])

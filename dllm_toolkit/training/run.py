@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import DecodeWhileTraining, Throughput
+from dllm_toolkit.training.checkpoint import digest, frozen, resumed
 from dllm_toolkit.training.composed import Composed
 from dllm_toolkit.training.data import Data, Fixed, Rotation, Source, Stream
 from dllm_toolkit.training.ema import whole
@@ -143,15 +145,14 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
     shared.check_export(recipe, built.export)
     model = _prepare(recipe, built)
     teacher = _teacher(recipe, built, model)
-    trainer = _trainer(recipe, built, checkpoint)
+    base = digest(frozen(model))
+    trainer = _trainer(recipe, built, resumed(checkpoint, model, base))
     if trainer.world_size > 1 and not built.objective.splits:
         raise ToolkitError(
             f"this objective is trained by one process, got {type(built.objective).__name__} with {trainer.world_size} devices. It has "
             "a loss of its own, and nothing says how losses of parts of a batch add up (`Composed.splits`). Write devices: 1 under "
             "trainer, or give its terms instead."
         )
-    if trainer.is_global_zero:
-        shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
@@ -171,11 +172,14 @@ def run_training(recipe: Recipe, built: TrainRecipe) -> DiffusionModule:
         compile=compile,
         seed=built.seed,
         teacher=teacher,
+        base=base,
     )
     device = trainer.strategy.root_device
     say(f"making {type(built.data).__name__} on {device}", trainer)
     train, heldout = built.data.sources(device, built.seed, trainer.global_rank, trainer.world_size)
     say(f"{train.size}, {train.batches_per_epoch} batches an epoch", trainer)
+    if trainer.is_global_zero:  # data may be refused too: a store of other answers, a file without rows
+        shared.claim(built.output, recipe)
     module.upcoming = train.whole
     for callback in built.callbacks:
         if isinstance(callback, DecodeWhileTraining):
@@ -193,6 +197,7 @@ def _prepare(recipe: Recipe, built: TrainRecipe) -> Transformer:
         built.objective.check(model)
     with placed(recipe, "data"):
         built.data.check(model.spec.max_positions)
+        shared.check_words(model, built.data.tokenizer())
     if model.tokenizer is None:
         model.tokenizer = built.data.tokenizer()
     if len(built.data.tokenizer()) > model.spec.vocab_size:
@@ -236,13 +241,7 @@ def _teacher(recipe: Recipe, built: TrainRecipe, student: Transformer) -> Transf
     return teacher.float().eval().requires_grad_(False)
 
 
-def _resumed_step(checkpoint: Path | None) -> int | None:
-    if checkpoint is None:
-        return None
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] + 1
-
-
-def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.Trainer:
+def _trainer(recipe: Recipe, built: TrainRecipe, resumed: int | None) -> pl.Trainer:
     settings = built.trainer
     # Lightning's own lines (devices found, tips) say nothing about the run.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -272,7 +271,7 @@ def _trainer(recipe: Recipe, built: TrainRecipe, checkpoint: Path | None) -> pl.
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
             # What a killed process logged beyond its last checkpoint is trained and logged again.
-            logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version="", purge_step=_resumed_step(checkpoint)),
+            logger=TensorBoardLogger(save_dir=built.output, name="tensorboard", version="", purge_step=resumed),
             callbacks=[Throughput(built.output / "metrics.jsonl", settings.log_every), *built.callbacks, saver],
             default_root_dir=built.output,
             enable_progress_bar=False,
@@ -317,11 +316,18 @@ def _finish(
             module.validation_step(batch, number)
         module.on_validation_epoch_end()
     assert module.last_loss is not None and module.validation_loss is not None
+    skipped = module.skipped_steps
     say(
         f"step {trainer.global_step}: train loss {float(module.last_loss):.4f}, validation loss {module.validation_loss:.4f}, "
-        f"{module.seconds:.0f} s",
+        f"{module.seconds:.0f} s" + (f", {skipped} steps skipped: their gradient was NaN or infinite" if skipped else ""),
         trainer,
     )
+    if 0 < skipped == trainer.global_step or not math.isfinite(module.validation_loss):
+        raise TrainError(
+            f"the run has no result, got validation loss {module.validation_loss:.4g} after {trainer.global_step} steps, {skipped} of them "
+            "skipped. It has diverged, or the data or the first weights hold NaN; nothing was exported. Look at the loss in metrics.jsonl, "
+            "and write a smaller optimizer.learning_rate and another output."
+        )
     if built.export is None:
         return
     with module.averaged() as model:
@@ -353,6 +359,7 @@ def _finish(
             "data": repr(built.data),
             "objective": repr(built.objective),
             "steps": trainer.global_step,
+            "skipped_steps": skipped,
             "sequences": sequences,
             "rows": train.size,
             "lanes": lanes,

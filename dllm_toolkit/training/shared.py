@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ def progress(step: int, steps: int | None, seconds: float, minutes: float | None
 def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None, validation: Any = None) -> None:
     """Train from `checkpoint`, if there is one."""
     try:
-        trainer.fit(module, batches, validation, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own business with torch
+            trainer.fit(module, batches, validation, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except SystemExit:
         if trainer.interrupted:  # Lightning turns Ctrl-C into exit(1); the command line has its own way to end
             raise KeyboardInterrupt from None
@@ -150,6 +153,19 @@ def trainable(recipe: Recipe, source: Lazy[Model]) -> Transformer:
                 "Leave weights: out."
             )
     return model
+
+
+def check_words(model: Model, tokenizer: Any) -> None:
+    """Raises TrainError if ids of this tokenizer, the data's, are other words to the model. A model without a tokenizer has no say."""
+    if getattr(model, "tokenizer", None) is None:
+        return
+    words, ids = tokenizer.get_vocab(), model.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    other = next((word for word, number in words.items() if ids.get(word) != number), None)
+    if other is not None:
+        raise TrainError(
+            f"the data's tokens are not the model's, got {other!r} as number {words[other]} of the data and {ids.get(other)} of the model. "
+            "Its rows would mean something else. Use a model made for this tokenizer, or data made for this model's."
+        )
 
 
 def adapt(recipe: Recipe, model: Transformer, lora: Lora, source: Lazy[Model], seed: int) -> Transformer:

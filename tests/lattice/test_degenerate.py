@@ -6,8 +6,6 @@ Equal means equal tokens, birth steps, steps, forwards and lanes, and equal logi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import cases, contract
 from dllm_toolkit.testing.contract import Toy
+from dllm_toolkit.testing.pairs import Pair, pair
 from dllm_toolkit.testing.record import difference, difference_where_both_read, record, sharing, unequal
 from dllm_toolkit.testing.rules import Doubt, Rewrite
 
@@ -49,19 +48,6 @@ def proposes(rule: Propose) -> Decoder:
 
 def revises(rule: Revise) -> Decoder:
     return BlockDecoder(SemiAutoregressive(4), GATE, revise=rule)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two decoders that must be one, wherever both are accepted."""
-
-    name: str
-    one: Callable[[], Decoder]
-    other: Callable[[], Decoder]
-
-
-def pair(name: str, make: Callable[..., Decoder], one: object, other: object) -> Pair:
-    return Pair(name, partial(make, one), partial(make, other))
 
 
 PAIRS = (

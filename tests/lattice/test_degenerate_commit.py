@@ -6,9 +6,6 @@ cache and on every kind of toy model that a rule can tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from math import inf
 
 import pytest
@@ -35,6 +32,7 @@ from dllm_toolkit.decoders.semi_ar import semi_ar
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import contract
 from dllm_toolkit.testing.models import Oracle
+from dllm_toolkit.testing.pairs import Pair, pair
 from dllm_toolkit.testing.record import Batch, difference, record, sharing, unequal
 
 
@@ -60,19 +58,6 @@ def proposes(rule: Propose) -> Decoder:
 
 def in_quotas(rule: Propose) -> Decoder:
     return BlockDecoder(SemiAutoregressive(4), Quota(5), propose=rule)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two decoders that must be one, wherever both are accepted."""
-
-    name: str
-    one: Callable[[], Decoder]
-    other: Callable[[], Decoder]
-
-
-def pair(name: str, make: Callable[..., Decoder], one: object, other: object) -> Pair:
-    return Pair(name, partial(make, one), partial(make, other))
 
 
 PAIRS = (

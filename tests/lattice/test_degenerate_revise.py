@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 
 import pytest
@@ -36,6 +35,7 @@ from dllm_toolkit.state import Region, State
 from dllm_toolkit.testing import cases_revise, contract
 from dllm_toolkit.testing.contract_cache import CACHE_CHECKS
 from dllm_toolkit.testing.models import EOS, MASK, VOCABULARY, Oracle, Scripted, tiny_transformer
+from dllm_toolkit.testing.pairs import Pair, pair
 from dllm_toolkit.testing.record import Batch, Moment, difference, difference_where_both_read, record, unequal
 from dllm_toolkit.types import Attention, Canvas, Need, PyTree
 
@@ -62,19 +62,6 @@ def means(rule: Revise) -> Decoder:
 
 def schedules(rule: Schedule) -> Decoder:
     return BlockDecoder(rule, Quota(5))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two decoders that must be one, wherever both are accepted."""
-
-    name: str
-    one: Callable[[], Decoder]
-    other: Callable[[], Decoder]
-
-
-def pair(name: str, make: Callable[..., Decoder], one: object, other: object) -> Pair:
-    return Pair(name, partial(make, one), partial(make, other))
 
 
 PAIRS = (

@@ -8,8 +8,7 @@ logits of what both have read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -33,6 +32,7 @@ from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.testing import contract
 from dllm_toolkit.testing.cases_stops import toy_filter
 from dllm_toolkit.testing.models import tiny_transformer
+from dllm_toolkit.testing.pairs import Pair, pair
 from dllm_toolkit.testing.record import Batch, difference_where_both_read, infill, record, unequal
 from dllm_toolkit.types import Result
 
@@ -66,19 +66,6 @@ def pipelines(rule: Commit) -> Decoder:
 
 def endless(rule: Stop) -> Decoder:
     return BlockDecoder(SemiAutoregressive(4), Gate(0.6), Sample(suppress=("eos",)), stop=rule)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two decoders that must be one, wherever both are accepted."""
-
-    name: str
-    one: Callable[[], Decoder]
-    other: Callable[[], Decoder]
-
-
-def pair(name: str, make: Callable[..., Decoder], one: object, other: object) -> Pair:
-    return Pair(name, partial(make, one), partial(make, other))
 
 
 PAIRS = (

@@ -132,12 +132,17 @@ def assert_same_curves(home: Path, name: str, *metrics: str) -> None:
 def test_two_devices_have_the_losses_of_one(home: Path) -> None:
     home = home / "d2f"
     weights = load_file(home / "one" / "export" / "adapter_model.safetensors")
+    one = torch.load(home / "one" / "last.ckpt", weights_only=True)
     for name in ("ddp", "fsdp"):
         assert_same_curves(home, name, "train/kl")
         exported = load_file(home / name / "export" / "adapter_model.safetensors")
         assert exported.keys() == weights.keys()
         for key, value in exported.items():
             assert torch.allclose(value, weights[key], atol=1e-4), (name, key)
+        checkpoint = torch.load(home / name / "last.ckpt", weights_only=True)  # whole, and without what is frozen
+        assert sorted(checkpoint["state_dict"]) == sorted(one["state_dict"]) and len(one["state_dict"]) == 8
+        assert all(torch.allclose(value, one["state_dict"][key], atol=1e-4) for key, value in checkpoint["state_dict"].items())
+        assert checkpoint["dllm_toolkit"]["base"] == one["dllm_toolkit"]["base"]
     losses = curve(home / "one", "train/loss")
     assert len(losses) == 4 and len(set(losses)) == 4
     card = json.loads((home / "fsdp" / "export" / "card.json").read_text())

@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dllm_toolkit import recipe as recipes
+from dllm_toolkit.data.stories import build_tokenizer
 from dllm_toolkit.models.load import load
 from dllm_toolkit.recipe import Recipe, RecipeError
 from dllm_toolkit.training.export import ExportError, update_card
+from dllm_toolkit.training.objectives import Loss, MaskedDiffusion
 from dllm_toolkit.training.run import TrainError, TrainRecipe, run_training
+from dllm_toolkit.training.shared import check_words
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -177,6 +181,26 @@ def test_a_finished_run_trains_no_further_and_exports_again(exported, tmp_path) 
     assert all(torch.equal(before[name], after[name]) for name in before)
     timed = {**SMALL, "trainer": {"max_minutes": 0.01, "accelerator": "cpu", "validate_every": 0}, "output": str(tmp_path / "timed")}
     assert train(timed).batches == train(timed).batches
+
+
+def test_data_in_other_words_than_the_models_is_refused() -> None:
+    words = build_tokenizer().get_vocab()
+    for ids in (words, {**words, "<more>": 1000}):
+        check_words(SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=ids.copy)), build_tokenizer())
+    check_words(SimpleNamespace(tokenizer=None), build_tokenizer())
+    one, other = list(words)[20:22]
+    swapped = {**words, one: words[other], other: words[one]}
+    with pytest.raises(TrainError, match=r"as number \d+ of the data and \d+ of the model"):
+        check_words(SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=swapped.copy)), build_tokenizer())
+
+
+def test_a_run_without_a_number_has_no_result(tmp_path, monkeypatch) -> None:
+    """Shorter than a line of the log, so that nothing has said so before."""
+    monkeypatch.setattr(MaskedDiffusion, "loss", lambda self, model, batch, view: Loss(model.embed.weight.sum() * float("nan"), {}))
+    trainer = {"max_steps": 2, "accelerator": "cpu", "log_every": 50, "validate_every": 0}
+    with pytest.raises(TrainError, match="validation loss nan after 2 steps, 2 of them skipped.*nothing was exported"):
+        train({**SMALL, "trainer": trainer, "output": str(tmp_path / "run"), "export": str(tmp_path / "model")})
+    assert not (tmp_path / "model").exists()
 
 
 def test_another_recipes_directory_is_left_alone(exported) -> None:

@@ -14,6 +14,7 @@ from dllm_toolkit.evaluation.decoder_page import Run, curves_of, main, paired
 from dllm_toolkit.evaluation.ledger import Header, Record
 from dllm_toolkit.evaluation.left_out import LEFT_OUT, LeftOut
 from dllm_toolkit.evaluation.report import summaries_of
+from dllm_toolkit.testing.ledgers import toy_record
 
 PROBLEMS = 40
 
@@ -45,34 +46,7 @@ OUTCOMES = {
 
 def record(name: str, index: int) -> Record:
     forwards, right, exact = OUTCOMES[name]
-    return Record(
-        configuration=name,
-        problem=f"p{index}",
-        prompt="question",
-        reference="answer",
-        prompt_hash="00",
-        prompt_tokens=3,
-        output=(5,) * 10,
-        pieces=("five",) * 10,
-        text="five",
-        correct=index < right,
-        steps_right=1.0,
-        exact=index < exact,
-        nfe=forwards,
-        tokens=10,
-        canvas_tokens=10,
-        lanes=10 * forwards,
-        steps=forwards,
-        commits=10,
-        forced=0,
-        edits=0,
-        born=tuple(min(place, forwards - 1) for place in range(10)),
-        seconds=0.1 * forwards,
-        batch=index,
-        batch_rows=1,
-        batch_seconds=0.1 * forwards,
-        seed=index,
-    )
+    return toy_record(name, index, forwards=forwards, correct=index < right, exact=index < exact)
 
 
 def header() -> Header:

@@ -10,6 +10,7 @@ import pytest
 from dllm_toolkit.evaluation import ledger
 from dllm_toolkit.evaluation.distillation_page import distinct, main
 from dllm_toolkit.evaluation.ledger import Header, Record
+from dllm_toolkit.testing.ledgers import toy_record
 
 # forwards, problems of 40 with a right answer
 ROWS = {
@@ -24,12 +25,7 @@ ROWS = {
 
 def record(name: str, index: int) -> Record:
     forwards, right = ROWS[name]
-    return Record(
-        configuration=name, problem=f"p{index}", prompt="question", reference="answer", prompt_hash="00", prompt_tokens=3, output=(5,) * 10,
-        pieces=("five",) * 10, text="five", correct=index < right, steps_right=1.0, exact=index < right, nfe=forwards, tokens=10,
-        canvas_tokens=10, lanes=10 * forwards, steps=forwards, commits=10, forced=0, edits=0, born=(0,) * 10, seconds=0.1, batch=index,
-        batch_rows=1, batch_seconds=0.1, seed=index,
-    )  # fmt: skip
+    return toy_record(name, index, forwards=forwards, correct=index < right)
 
 
 def a_ledger(directory: Path, names: tuple[str, ...] = tuple(ROWS)) -> Path:

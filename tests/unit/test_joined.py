@@ -17,6 +17,7 @@ from dllm_toolkit.evaluation import comparable, joined_page, joined_text, ledger
 from dllm_toolkit.evaluation.joined import MEASURES, Joined, join
 from dllm_toolkit.evaluation.ledger import Header, Record
 from dllm_toolkit.evaluation.runs import ReportError
+from dllm_toolkit.testing.ledgers import toy_record
 
 PROBLEMS = 24
 RUN = {"max_new_tokens": 80, "batch_size": 2}
@@ -31,35 +32,10 @@ ROWS: dict[str, tuple[str, Any, int, int]] = {
 
 
 def record(name: str, index: int, **changes: Any) -> Record:
+    """Two problems a batch, of which later ones took longer."""
     _, _, forwards, right = ROWS[name]
-    made = Record(
-        configuration=name,
-        problem=f"p{index}",
-        prompt=f"question {index}",
-        reference="42",
-        prompt_hash=f"{index:02}",
-        prompt_tokens=3,
-        output=(5,) * 10,
-        pieces=("five",) * 10,
-        text="42" if index < right else "41",
-        correct=index < right,
-        steps_right=1.0 if index < right else 0.5,
-        exact=index < right - 2,
-        nfe=forwards + index % 3,
-        tokens=10,
-        canvas_tokens=10,
-        lanes=10 * forwards,
-        steps=forwards,
-        commits=10,
-        forced=0,
-        edits=0,
-        born=tuple(min(place, forwards - 1) for place in range(10)),
-        seconds=0.05 * forwards,
-        batch=index // 2,
-        batch_rows=2,
-        batch_seconds=0.1 * forwards + 0.01 * (index // 2),
-        seed=index,
-    )
+    clock = {"seconds": 0.05 * forwards, "batch": index // 2, "batch_rows": 2, "batch_seconds": 0.1 * forwards + 0.01 * (index // 2)}
+    made = toy_record(name, index, forwards=forwards, correct=index < right, exact=index < right - 2, nfe=forwards + index % 3, **clock)
     return dataclasses.replace(made, **changes)
 
 

@@ -7,7 +7,9 @@
     cap           each block, [0.3, 0.8]             mask, complement    1        supervised tokens      CE + lambda entropy where right
 
 Blocks count from the prompt's end, as in D2F. `block_length` as a list is a ladder of equally long stages: LLaDA2.0's warm-up, stable phase
-and decay, or progressive block sizes. With a complement every answer token is supervised exactly once a pair.
+and decay, or progressive block sizes; a length that is written twice stays twice as long. BD3-LM's search for the interval of least
+variance is left out, and so are released trainers' second draws for rows in which nothing was masked, after which 1 / t would not be the
+bound. With a complement every answer token is supervised exactly once a pair.
 
 References: BD3-LM (arXiv 2503.09573); SDAR (arXiv 2510.06303); Fast-dLLM v2 (arXiv 2509.26328); LLaDA2.0 and its confidence-aware
 parallel training (arXiv 2512.15745); progressive blocks (arXiv 2602.09555).

@@ -6,7 +6,8 @@
 
 A model that was only trained on masks has never seen a wrong token and copies it; after this its opinion at a visible token means
 something, which is what `EditTokens` (decoders/token_editing.py) acts on. The mixing ratios are not published: by default half of the rows
-have wrong tokens, 15 % of their visible ones.
+have wrong tokens, 15 % of their visible ones. Wrong tokens are drawn at random; the paper's multi-turn forward, whose wrong tokens are the
+model's own predictions, is left out.
 
 Reference: LLaDA2.1, arXiv 2602.08676.
 """
