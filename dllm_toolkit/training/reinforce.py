@@ -44,8 +44,9 @@ from dllm_toolkit.training.lora import Lora, adapter_off
 from dllm_toolkit.training.optim import AdamW, Constant, LearningRate, OptimizerRecipe
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.rollouts import Pool, Reward, Rollouts, collect
+from dllm_toolkit.training.sampler import Precision, Sampler
 from dllm_toolkit.training.shared import TrainError, placed, say
-from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated
+from dllm_toolkit.training.verify import Evaluation, before, compared, evaluated, share
 
 _ROLLOUT, _VIEWS = 3, 4
 HOPELESS = 20
@@ -56,12 +57,14 @@ HOPELESS = 20
 class Sampling:
     """Each iteration's rollouts: `group` answers of max_new_tokens to each of `problems` problems, decoded as one batch.
 
-    compile: as `decode` has it; it takes a minute at first, and pays in runs of many minutes.
+    dtype: precision of the copy of the policy that decodes, see sampler.py; None: the policy itself. compile: as `decode` has it; it takes
+    a minute at first, and pays in runs of many minutes.
     """
 
     problems: int = 64
     group: int = 8
     max_new_tokens: int = 80
+    dtype: Precision | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -130,10 +133,11 @@ class PolicyRecipe:
 class PolicyModule(pl.LightningModule):
     """One training step is one iteration: rollouts, then `policy.updates` optimiser steps on them."""
 
-    def __init__(self, model: Transformer, built: PolicyRecipe, pool: Pool) -> None:
+    def __init__(self, model: Transformer, built: PolicyRecipe, pool: Pool, judge: Pool | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.built, self.pool = model, built, pool
+        self.model, self.built, self.pool, self.judge = model, built, pool, judge
+        self.sampler = Sampler(model, built.rollouts.dtype)
         # A part of the module, so that a reference that follows is in the checkpoint.
         keeps = built.policy.needs_reference and built.lora is None
         self.reference = copy.deepcopy(model).requires_grad_(False) if keeps else None
@@ -164,11 +168,7 @@ class PolicyModule(pl.LightningModule):
         """The next iteration. Its number is the module's own: Lightning fetches batches ahead."""
         built, policy, begun, number = self.built, self.built.policy, time.monotonic(), self.iteration
         chosen = self.pool.draw(number, built.rollouts.problems, built.seed)
-        rollouts, told = collect(
-            self.model, self.pool, chosen, built.rollouts.group, built.decoder, built.cache, built.reward,
-            seed=fold(built.seed, _ROLLOUT, number), baseline=policy.baseline, scale=policy.scale,
-            after_end=policy.after_end, compile=built.rollouts.compile,
-        )  # fmt: skip
+        rollouts, told = collect(self.sampler.follow(), self.pool, chosen, built, fold(built.seed, _ROLLOUT, number))
         sampled = time.monotonic()
         for name in ("groups", "unsolved_groups", "equal_groups"):
             self.counts[name] += int(told[name])
@@ -177,7 +177,15 @@ class PolicyModule(pl.LightningModule):
         self.iteration = number + 1
         if policy.sync_every is not None and self.reference is not None and self.iteration % policy.sync_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        self.told = {**told, "seconds_of_rollouts": sampled - begun, "seconds_of_updates": time.monotonic() - sampled}
+        self.told = {**told, "seconds_of_rollouts": sampled - begun, "seconds_of_updates": time.monotonic() - sampled, **self.held_out()}
+
+    def held_out(self) -> dict[str, float]:
+        """Shares exact and correct of the first held-out problems, every so many iterations; decoded as rollouts are, by the copy."""
+        how = self.built.evaluation
+        if self.judge is None or how is None or how.every is None or self.iteration % how.every:
+            return {}
+        grades, _ = evaluated(how, self.sampler.follow(), self.judge, self.built.seed, how.sample)
+        return {f"held_out_{what}": share(grades, what) for what in ("exact", "correct")}
 
     # ---- learning
 
@@ -191,10 +199,14 @@ class PolicyModule(pl.LightningModule):
                 continue
             generator = torch.Generator(self.device).manual_seed(fold(self.built.seed, _VIEWS, iteration, update))
             views = policy.estimator.views(rollouts, self.model.spec, generator)
-            # Before the first update the present policy is the old one: nothing needs to be scored for it.
-            old = self.scores("old", rollouts, views) if policy.updates > 1 else None
+            # In the first update the present policy is the old one, and what it says of these views serves later updates that see them too.
+            old = self.scores("old", rollouts, views) if update else None
             plan.append((views, old, self.scores("reference", rollouts, views) if policy.needs_reference else None))
-        found = [self.update(rollouts, *one, first=number == 0) for number, one in enumerate(plan)]
+        found, begun = [], None
+        for views, old, reference in plan:
+            told, scores = self.update(rollouts, views, begun if old is None else old, reference)
+            found.append(told)
+            begun = scores if begun is None else begun
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
     @torch.no_grad()
@@ -210,15 +222,19 @@ class PolicyModule(pl.LightningModule):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.built.trainer.precision == "bf16-mixed"):
             return score(model, rollouts, views, rows)
 
-    def update(self, rollouts: Rollouts, views: Views, old: Tensor | None, reference: Tensor | None, first: bool) -> dict[str, float]:
-        """One optimiser step, in as many backward passes as `sequences` asks for; none if the gradient is not finite."""
+    def update(self, rollouts: Rollouts, views: Views, old: Tensor | None, reference: Tensor | None) -> tuple[dict[str, float], Tensor]:
+        """One optimiser step, in as many backward passes as `sequences` asks for; none if the gradient is not finite.
+
+        old None: the present policy is the one that sampled. Returns what there is to read, and the scores [B, L] before the step.
+        """
         policy, optimizer = self.built.policy, self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         shares = policy.shares(rollouts, views)
-        totals = torch.zeros(3, device=self.device)
+        totals, scores = torch.zeros(3, device=self.device), []
         for rows in packed(views, self.built.trainer.sequences):
             current = self._score(self.model, rollouts, views, rows)
-            before = current.detach() if first or old is None else old[rows]
+            scores.append(current.detach())
+            before = scores[-1] if old is None else old[rows]
             away = before if policy.penalty == "old" else None if reference is None else reference[rows]
             part = surrogate(current, before, away if policy.beta else None, rollouts.advantage[rows], policy.clip, policy.beta)
             loss = (part.loss * shares[rows]).sum()
@@ -234,14 +250,14 @@ class PolicyModule(pl.LightningModule):
             optimizer.step()  # type: ignore[union-attr]
         self.counts["updates" if finite else "skipped_updates"] += 1
         loss, k3, clipped = totals.tolist()
-        return {"loss": loss, "k3": k3, "clipped": clipped, "gradient_norm": norm}
+        return {"loss": loss, "k3": k3, "clipped": clipped, "gradient_norm": norm}, torch.cat(scores)
 
     # ---- after each iteration
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         settings, output = self.built.trainer, self.built.output
         over = self.progress >= 1.0 or (self.iteration == HOPELESS and not self.counts["updates"])
-        if self.iteration % settings.log_every == 0 or over:
+        if self.iteration % settings.log_every == 0 or "held_out_exact" in self.told or over:
             shown = {**self.told, **self.counts, "seconds": self.seconds}
             self.trainer.logger.log_metrics({f"train/{name}": value for name, value in shown.items()}, self.iteration)  # type: ignore[union-attr]
             with (output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -284,14 +300,14 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
     shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    module = PolicyModule(model.to(device), built, pool)
+    module = PolicyModule(model.to(device), built, pool, judge)
     earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
     trainer = shared.one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose
         shared.fit(trainer, module, Endless(), checkpoint)
     trainer.save_checkpoint(built.output / "last.ckpt")
-    _finish(recipe, built, module.to(device), judge, earlier)
+    _finish(recipe, built, module.to(device), earlier)
     return module
 
 
@@ -311,7 +327,7 @@ def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     return model, pool
 
 
-def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Pool | None, earlier: Sequence[Grade]) -> None:
+def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, earlier: Sequence[Grade]) -> None:
     counts = module.counts
     say("  ".join(f"{name} {value}" for name, value in counts.items()) + f"  {module.seconds:.0f} s")
     if not counts["updates"]:
@@ -322,8 +338,8 @@ def _finish(recipe: Recipe, built: PolicyRecipe, module: PolicyModule, judge: Po
         )
     result: dict[str, Any] = {"counts": counts, "iterations": module.iteration, "seconds": round(module.seconds, 1)}
     batch = None
-    if judge is not None and built.evaluation is not None:
-        after, batch = evaluated(built.evaluation, module.model, judge, built.seed)
+    if module.judge is not None and built.evaluation is not None:
+        after, batch = evaluated(built.evaluation, module.model, module.judge, built.seed)
         result |= compared(earlier, after)
         for what in ("exact", "correct"):
             one = result[what]

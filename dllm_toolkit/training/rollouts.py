@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,9 @@ from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.state import State
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
+
+if TYPE_CHECKING:
+    from dllm_toolkit.training.reinforce import PolicyRecipe
 
 Baseline = Literal["mean", "leave_one_out"]
 
@@ -166,31 +169,18 @@ def advantages(rewards: Float[Tensor, "P G"], baseline: Baseline = "mean", scale
     return centred * size / (size - 1) if baseline == "leave_one_out" else centred
 
 
-def collect(
-    model: Any,
-    pool: Pool,
-    chosen: Sequence[int],
-    group: int,
-    decoder: Decoder,
-    cache: Cache,
-    reward: Reward,
-    *,
-    seed: int,
-    baseline: Baseline = "mean",
-    scale: bool = False,
-    after_end: bool = False,
-    compile: bool = False,
-) -> tuple[Rollouts, dict[str, float]]:
-    """Sample `group` answers to each chosen problem and keep the groups that teach something; rows of a group stand together.
+def collect(model: Any, pool: Pool, chosen: Sequence[int], built: PolicyRecipe, seed: int) -> tuple[Rollouts, dict[str, float]]:
+    """Sample a group of answers to each chosen problem and keep the groups that teach something; rows of a group stand together.
 
-    Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, and how many groups were left
-    out. Row r of the call decodes with a seed made of (seed, r).
+    Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, the share of groups that teach,
+    and how many were left out and why. Row r of the call decodes with a seed made of (seed, r).
     """
-    rows, diary = [one for one in chosen for _ in range(group)], Diary()
+    group, policy, diary = built.rollouts.group, built.policy, Diary()
+    rows = [one for one in chosen for _ in range(group)]
     seeds = [fold(seed, row) & 0xFFFFFFFF for row in range(len(rows))]
-    output, grades = pool.answer(model, rows, decoder, cache, seeds, callback=diary, compile=compile)
+    output, grades = pool.answer(model, rows, built.decoder, built.cache, seeds, callback=diary, compile=built.rollouts.compile)
     device = output.canvas.device
-    rewards = torch.tensor([reward(grade) for grade in grades], device=device).view(-1, group)
+    rewards = torch.tensor([built.reward(grade) for grade in grades], device=device).view(-1, group)
     solved = torch.tensor([grade.correct for grade in grades], device=device).view(-1, group).any(1)
     equal = rewards.amax(1) == rewards.amin(1)
     teaches = (solved & ~equal).repeat_interleave(group)
@@ -198,13 +188,14 @@ def collect(
         "reward": float(rewards.mean()),
         "correct": sum(grade.correct for grade in grades) / len(grades),
         "exact": sum(grade.exact for grade in grades) / len(grades),
+        "taught": float(teaches.float().mean()),
         "groups": len(chosen),
         "unsolved_groups": int((~solved).sum()),
         "equal_groups": int((solved & equal).sum()),
         "forwards": max(output.stats.nfe),
     }
-    learned = advantages(rewards, baseline, scale).flatten()
-    return rollouts_of(output, diary, pool.max_new_tokens, model.spec.eos_ids, learned, after_end).pick(teaches), told
+    learned = advantages(rewards, policy.baseline, policy.scale).flatten()
+    return rollouts_of(output, diary, pool.max_new_tokens, model.spec.eos_ids, learned, policy.after_end).pick(teaches), told
 
 
 def rollouts_of(

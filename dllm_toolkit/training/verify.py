@@ -15,29 +15,33 @@ from dllm_toolkit.decoders.base import Decoder
 from dllm_toolkit.evaluation.tasks import Grade, Task
 from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.rollouts import Pool, RolloutError
-from dllm_toolkit.training.shared import say
+from dllm_toolkit.training.rollouts import Pool
+from dllm_toolkit.training.shared import check_counts, say
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is decoded before and after: every problem of the task once, with a decoder of its own (temperature 0, say)."""
+    """What is decoded before and after: every problem of the task once, with a decoder of its own (temperature 0, say).
+
+    every: the first `sample` problems are decoded every so many iterations too, for the log; None: never.
+    """
 
     task: Task
     decoder: Decoder
     cache: Cache = field(default_factory=NoCache)
     batch_size: int = 500
+    every: int | None = None
+    sample: int = 200
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise RolloutError(f"batch_size must be at least 1, got {self.batch_size}. It counts problems. Write batch_size: 500.")
+        check_counts(self, "batch_size", "every", "sample")
 
 
-def evaluated(how: Evaluation, model: Transformer, judge: Pool, seed: int) -> tuple[list[Grade], Batch]:
-    """Grades of all held-out problems, and the first answers as a batch (for the export to look at)."""
-    size, grades, batch = how.batch_size, [], None
-    for first in range(0, len(judge.problems), size):
-        chosen = range(first, min(first + size, len(judge.problems)))
+def evaluated(how: Evaluation, model: Transformer, judge: Pool, seed: int, most: int | None = None) -> tuple[list[Grade], Batch]:
+    """Grades of the first `most` held-out problems (None: all), and the first answers as a batch (for the export to look at)."""
+    count, size, grades, batch = len(judge.problems[:most]), how.batch_size, [], None
+    for first in range(0, count, size):
+        chosen = range(first, min(first + size, count))
         output, found = judge.answer(model, chosen, how.decoder, how.cache, [seed + one for one in chosen])
         grades += found
         batch = batch or Batch(output.canvas, output.begin, judge.max_new_tokens)

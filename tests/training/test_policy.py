@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllm_toolkit import graphs
 from dllm_toolkit.cache.policies import BlockCausalCache
 from dllm_toolkit.decode import decode, trace
 from dllm_toolkit.decoders.autoregressive import autoregressive
@@ -26,10 +27,12 @@ from dllm_toolkit.testing.models import EOS, MASK, tiny_transformer
 from dllm_toolkit.testing.record import unequal
 from dllm_toolkit.training import policy as policies
 from dllm_toolkit.training.estimators import Coupled, Estimator, OneStep, PolicyError, Rounds, Trajectory, Views, packed, score
+from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.policy import PolicyGradient, surrogate
 from dllm_toolkit.training.reinforce import PolicyModule, PolicyRecipe, run_policy_training
 from dllm_toolkit.training.rollouts import Diary, Reward, Rollouts, advantages, rollouts_of
 from dllm_toolkit.training.run import TrainError, TrainRecipe, run_training
+from dllm_toolkit.training.sampler import Sampler
 
 PROMPTS = unequal().prompts
 LENGTH, BLOCK = 10, 4
@@ -282,6 +285,49 @@ def test_a_reward_weighs_the_grade() -> None:
         Reward(0.0)
 
 
+# --- what decodes
+
+
+def shaken(model: Transformer, seed: int) -> None:
+    with torch.no_grad():
+        for one in model.parameters():
+            one += 0.1 * torch.randn(one.shape, generator=generator(seed), dtype=one.dtype)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_copy_follows_the_policy(adapter: bool) -> None:
+    """In its own precision, at its own place, with what an adapter adds; head and embedding are one parameter or two."""
+    model = Transformer(replace(tiny_transformer(1).config, tie_embeddings=True, qkv_bias=True)).eval()
+    if adapter:
+        inject(model, Lora(rank=2, alpha=4, targets=("q_proj", "down_proj")))
+    sampler, tokens = Sampler(model, "bfloat16"), torch.tensor([PROMPTS[0]])
+    copy = sampler.follow()
+    places = [one.data_ptr() for one in copy.parameters()]
+    for seed in (1, 2):
+        shaken(model, seed)
+        assert sampler.follow() is copy and [one.data_ptr() for one in copy.parameters()] == places
+        with torch.no_grad():
+            wanted, rounded = model.logits(tokens), copy.logits(tokens)
+        assert rounded.dtype == torch.bfloat16 and not any("lora_" in name for name, _ in copy.named_parameters())
+        assert torch.allclose(rounded.float(), wanted, atol=0.03 * float(wanted.abs().max()))
+    assert Sampler(model, None).follow() is model
+    merged = Sampler(model, "float32").follow()
+    assert (merged is model) != adapter and torch.allclose(merged.logits(tokens), wanted, atol=1e-4)
+
+
+def test_graphs_recorded_on_the_copy_stay_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every iteration replays what the first one recorded, with the weights of now."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = tiny_transformer(1).float()
+    sampler, decoder = Sampler(model, "bfloat16"), semi_ar(BLOCK, temperature=1.0)
+    with graphs.emulated():
+        for seed in (1, 2):
+            shaken(model, seed)
+            found = decode(sampler.follow(), decoder, PROMPTS, max_new_tokens=LENGTH, compile=True)
+            assert (found.stats.warm_up > 0) == (seed == 1)
+            assert found.tokens == decode(Sampler(model, "bfloat16").follow(), decoder, PROMPTS, max_new_tokens=LENGTH).tokens
+
+
 # --- whole runs
 
 
@@ -333,12 +379,17 @@ def weights(module: PolicyModule) -> list[Tensor]:
 
 
 def test_a_run_raises_the_reward_and_says_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = train(recipe_of(tmp_path, export=str(tmp_path / "model")))
+    rollouts = {"problems": 4, "group": 8, "max_new_tokens": 6, "dtype": "bfloat16"}
+    evaluation = {"task": digits(size=40, first=100), "decoder": SAMPLER, "every": 6, "sample": 40}
+    module = train(recipe_of(tmp_path, rollouts=rollouts, evaluation=evaluation, export=str(tmp_path / "model")))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["exact"]["verdict"] == "raises" and result["exact"]["interval"][0] > 0.03 and result["problems"] == 40
     assert module.counts["updates"] == result["iterations"] == 12 and module.counts["groups"] == 48
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 13)) and lines[-1]["reward"] > lines[0]["reward"]
+    held_out = [line["held_out_exact"] for line in lines if "held_out_exact" in line]
+    assert len(held_out) == 2 and held_out[-1] == pytest.approx(result["exact"]["after"], abs=0.1)
+    assert all(0 < line["taught"] <= 1 for line in lines)
     card = json.loads((tmp_path / "model" / "card.json").read_text())
     assert card["metrics"]["exact"]["after"] == result["exact"]["after"] and "exact: " in capsys.readouterr().err
     assert (tmp_path / "model" / "model.safetensors").is_file()
@@ -412,7 +463,7 @@ def test_small_passes_give_the_gradient_of_one(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     trainer = {"iterations": 12, "accelerator": "gpu", "precision": "bf16-mixed"}
-    rollouts = {"problems": 4, "group": 8, "max_new_tokens": 6, "compile": True}
+    rollouts = {"problems": 4, "group": 8, "max_new_tokens": 6, "dtype": "bfloat16", "compile": True}
     train(recipe_of(tmp_path, policy={"_component_": "trace_rl", "updates": 2}, trainer=trainer, rollouts=rollouts))
     assert json.loads((tmp_path / "out" / "result.json").read_text())["exact"]["interval"][0] > 0
 
