@@ -36,6 +36,7 @@ from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.recipe import Lazy, Recipe
 from dllm_toolkit.training import shared
 from dllm_toolkit.training.callbacks import cut_log
+from dllm_toolkit.training.checkpoint import digest, frozen, keep_what_is_trained, resumed
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.data import fold
 from dllm_toolkit.training.estimators import Views, packed, score
@@ -133,10 +134,14 @@ class PolicyRecipe:
 class PolicyModule(pl.LightningModule):
     """One training step is one iteration: rollouts, then `policy.updates` optimiser steps on them."""
 
-    def __init__(self, model: Transformer, built: PolicyRecipe, pool: Pool, judge: Pool | None = None) -> None:
+    def __init__(
+        self, model: Transformer, built: PolicyRecipe, pool: Pool, judge: Pool | None = None, base: str | None = None
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.built, self.pool, self.judge = model, built, pool, judge
+        self.model, self.built, self.pool, self.judge, self.base = model, built, pool, judge, base
+        if base is not None:
+            keep_what_is_trained(self)
         self.sampler = Sampler(model, built.rollouts.dtype)
         # A part of the module, so that a reference that follows is in the checkpoint.
         keeps = built.policy.needs_reference and built.lora is None
@@ -268,7 +273,7 @@ class PolicyModule(pl.LightningModule):
         self.trainer.should_stop = self.trainer.should_stop or over
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dllm_toolkit"] = {"iteration": self.iteration, "elapsed": self.seconds, "counts": self.counts}
+        checkpoint["dllm_toolkit"] = {"iteration": self.iteration, "elapsed": self.seconds, "counts": self.counts, "base": self.base}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["dllm_toolkit"]
@@ -292,6 +297,8 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
     shared.check_export(recipe, built.export)
     device = torch.device("cuda" if built.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     model, pool = _prepare(recipe, built)
+    base = digest(frozen(model))
+    resumed(checkpoint, model, base)
     judge = None
     if built.evaluation is not None:
         with placed(recipe, "evaluation"):
@@ -300,7 +307,7 @@ def run_policy_training(recipe: Recipe, built: PolicyRecipe) -> PolicyModule:
     shared.claim(built.output, recipe)
     pl.seed_everything(built.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    module = PolicyModule(model.to(device), built, pool, judge)
+    module = PolicyModule(model.to(device), built, pool, judge, base)
     earlier = [] if judge is None or built.evaluation is None else before(built.evaluation, module.model, judge, built.seed, built.output)
     trainer = shared.one_device(built.output, "gpu" if device.type == "cuda" else "cpu", max_epochs=-1)
     with warnings.catch_warnings():
@@ -321,7 +328,7 @@ def _prepare(recipe: Recipe, built: PolicyRecipe) -> tuple[Transformer, Pool]:
     with placed(recipe, "task"):
         pool = Pool(built.task, model, built.rollouts.max_new_tokens)
         pool.draw(0, built.rollouts.problems, built.seed)
-    model.float().eval().requires_grad_(True)
+    model.to(torch.float32 if built.lora is None else getattr(torch, built.lora.frozen)).eval().requires_grad_(True)
     if built.lora is not None:
         shared.adapt(recipe, model, built.lora, built.model, built.seed).eval()
     return model, pool
