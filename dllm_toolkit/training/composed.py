@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -165,7 +165,7 @@ class Composed(abc.ABC):
             seen,
         )
 
-    def compiled(self) -> Self:
+    def compiled(self) -> Composed:
         """The same, fast. One layer and the terms of a chunk are compiled: as few graphs for a large model as for a small one."""
         fast = replace(self, forward=replace(self.forward, compile=True))
         object.__setattr__(fast, "measure", torch.compile(fast.measure, dynamic=False))  # no field: this object's own
