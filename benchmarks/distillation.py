@@ -47,25 +47,18 @@ def training(name: str, home: Path, smoke: bool) -> list[str]:
     return [*made, "data.decoder={_component_: fast_dllm, threshold: 0.0}", "trainer.precision=32-true", "trainer.log_every=1"]
 
 
-def comparison(home: Path, output: Path, smoke: bool) -> list[str]:
-    """The command that compares the students."""
-    path = ROOT / "recipes" / "compare" / "distillation.yaml"
+def comparison(recipe: str, home: Path, output: Path, smoke: bool) -> list[str]:
+    """The command that compares the students, by recipes/compare/RECIPE.yaml."""
+    path = ROOT / "recipes" / "compare" / f"{recipe}.yaml"
     models = yaml.safe_load(path.read_text(encoding="utf-8"))["models"]
     made = command("compare", str(path), f"output={output}")
     for name, model in models.items():
         if name != "teacher":
             made.append(f"models.{name}.{'adapter' if 'adapter' in model else 'path'}={home / name / 'model'}")
+    size = "task.size=2" if recipe == "distillation" else "task.task.size=1"
     return (
-        [*made, "models.teacher=" + tiny({}), f"models.d2f.path={home / 'sft' / 'model'}", "task.size=2", "run.max_new_tokens=8"]
-        if smoke
-        else made
+        [*made, "models.teacher=" + tiny({}), f"models.d2f.path={home / 'sft' / 'model'}", size, "run.max_new_tokens=8"] if smoke else made
     )
-
-
-def visible_devices() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them: those of a child are counted anew."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())] or [""]
 
 
 def shared(made: list[str], smoke: bool) -> list[str]:
@@ -110,14 +103,16 @@ def main() -> int:
     options = parser.parse_args()
     runs = (options.runs or ROOT / ("runs/smoke" if options.smoke else "runs")).resolve()
     page = options.page or (runs if options.smoke else ROOT / "docs") / "distillation.md"
-    home, output = runs / "distil", runs / "distillation"
+    home = runs / "distil"
     seconds, failed = run_all(options.only, home, 2 if options.smoke else options.at_once, options.smoke)
     if not failed and len(options.only) == len(every):
         began = time.monotonic()
-        compare = shared(comparison(home, output, options.smoke), options.smoke)
-        made = subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        made, outputs = 0, (runs / "distillation", runs / "distillation_samples")
+        for output in outputs:
+            compare = shared(comparison(output.name, home, output, options.smoke), options.smoke)
+            made = made or subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
         seconds["comparison"] = round(time.monotonic() - began, 1)
-        write = [sys.executable, "-m", "dllm_toolkit.evaluation.distillation_page", str(output), str(page), str(home)]
+        write = [sys.executable, "-m", "dllm_toolkit.evaluation.distillation_page", str(outputs[0]), str(page), str(home), str(outputs[1])]
         failed += ["comparison"] if made else ["page"] if subprocess.run(write, cwd=ROOT).returncode else []
     print(json.dumps({"benchmark": "distillation", "seconds": seconds, "failed": failed, "devices": torch.cuda.device_count()}))
     return 1 if failed else 0

@@ -1,9 +1,10 @@
 """The page docs/distillation.md: students trained at equal compute, under one decoder at several thresholds. Nothing on it is by hand.
 
-    python -m dllm_toolkit.evaluation.distillation_page runs/distillation docs/distillation.md runs/distil
+    python -m dllm_toolkit.evaluation.distillation_page runs/distillation docs/distillation.md runs/distil [runs/distillation_samples]
 
-The first directory holds the ledger of recipes/compare/distillation.yaml, the last one a directory for each student, with the card of its
-export in `model/card.json`: what it was trained on, how long, and at what cost in lanes. A configuration `name[threshold=...]` is a point
+The first directory holds the ledger of recipes/compare/distillation.yaml, the third a directory for each student, with the card of its
+export in `model/card.json`: what it was trained on, how long, and at what cost in lanes. The last one, if it is given, holds the ledger of
+recipes/compare/distillation_samples.yaml: several sampled answers to each problem. A configuration `name[threshold=...]` is a point
 of the curve `name`; the row that the ledger calls its vanilla baseline is the reference. Sentences are made from numbers: a difference is
 called one only where the 95 % interval of the paired differences excludes zero.
 """
@@ -26,6 +27,7 @@ from dllm_toolkit.evaluation.decoder_page import Run, paired
 from dllm_toolkit.evaluation.ledger import Record, Summary
 from dllm_toolkit.evaluation.metrics import area_under_parallelism
 from dllm_toolkit.evaluation.pictures import Curve, machine, plural, sweep_figure
+from dllm_toolkit.evaluation.tasks.repeated import original
 from dllm_toolkit.recipe_hints import COMPONENT
 
 WITHIN = 1.0
@@ -92,7 +94,16 @@ def distinct(records: Sequence[Record], size: int = 4) -> float:
     return 1000 * len(set(runs)) / max(1, len(runs))
 
 
-def page(run: Run, students: Sequence[Student], picture: str) -> str:
+def different(records: Sequence[Record]) -> tuple[float, int]:
+    """How many of the answers to a problem differ, a mean over problems, and how many answers a problem has."""
+    answers: dict[str, list[tuple[int, ...]]] = {}
+    for one in records:
+        answers.setdefault(original(one.problem), []).append(tuple(one.output[: one.tokens]))
+    times = max(map(len, answers.values()))
+    return sum(len(set(several)) for several in answers.values()) / len(answers), times
+
+
+def page(run: Run, students: Sequence[Student], picture: str, samples: Run | None = None) -> str:
     """The page as Markdown."""
     reference = next((one for one in run.summaries if one.name == run.header.baselines.get("vanilla")), None)
     curves = curves_of(run)
@@ -109,6 +120,7 @@ def page(run: Run, students: Sequence[Student], picture: str) -> str:
                 _students(students),
                 _verdict(run, curves, reference),
                 _points(run, curves, reference, picture),
+                *(() if samples is None else (_samples(samples),)),
             )
         )
         + "\n"
@@ -236,10 +248,32 @@ def _points(run: Run, curves: Mapping[str, Curve], reference: Summary, picture: 
     )
 
 
+def _samples(run: Run) -> str:
+    rows, times = [], 1
+    for one in run.summaries:
+        records = list(run.rows(one.name).values())
+        count, times = different(records)
+        numbers = (f"{one.tokens_per_forward:.2f}", words._percent(one.accuracy), words._percent(one.exact))
+        rows.append((f"`{one.name}`", *numbers, f"{count:.2f}", f"{distinct(records):.0f}"))
+    rows.sort(key=lambda row: -float(row[4]))
+    first = run.summaries[0]
+    decoder = words._component(run.header.recipe["configurations"][first.name]["decoder"])
+    head = ("student", "tokens/forward", "accuracy", "exact", f"different of {times}", "variety")
+    return "\n\n".join(
+        (
+            "## Samples",
+            f"{times} answers to each of {plural(first.problems // times, 'problem')}, sampled: {decoder} for `{first.name}`, and "
+            "alike for all. `different`: how many of the answers to a problem differ, token by token; a student that lost its choices "
+            "repeats itself. variety: as above.",
+            words._table(head, rows),
+        )
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write the page, and its picture beside it."""
-    if len(arguments) != 3:
-        print("usage: python -m dllm_toolkit.evaluation.distillation_page RUN PAGE.md STUDENTS", file=sys.stderr)
+    if len(arguments) not in (3, 4):
+        print("usage: python -m dllm_toolkit.evaluation.distillation_page RUN PAGE.md STUDENTS [SAMPLES]", file=sys.stderr)
         return 2
     target, home = Path(arguments[1]), Path(arguments[2])
     try:
@@ -248,7 +282,8 @@ def main(arguments: Sequence[str]) -> int:
         if not cards:
             raise ToolkitError(f"there is no student in {home} (no */model/card.json). Train some first: recipes/distil.")
         students = sorted((Student.read(card) for card in cards), key=lambda one: (one.name != CONTROL, one.name))
-        text = page(run, students, f"{target.stem}.png")
+        samples = Run.read(Path(arguments[3])) if len(arguments) == 4 else None
+        text = page(run, students, f"{target.stem}.png", samples)
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

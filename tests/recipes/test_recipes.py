@@ -28,7 +28,7 @@ CAUSAL = "model={_component_: fresh, width: 16, layers: 1, heads: 2, attention: 
 FRESH = "{_component_: fresh, width: 16, layers: 1, heads: 2}"
 BLOCKWISE = CAUSAL.replace("causal, shift: 1", "block_causal, block_size: 4")
 
-COMPARE = ("task.size=1", "run.max_new_tokens=6", "run.warm_up=0", "run.device=cpu", "report.tensorboard=false")
+COMPARE = ("run.max_new_tokens=6", "run.warm_up=0", "run.device=cpu", "report.tensorboard=false")
 TRAIN = (
     "trainer.max_steps=2",
     "trainer.max_minutes=null",
@@ -135,7 +135,8 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             command.append(f"decoder.filter={output / 'filter'}")
     elif root is CompareRecipe:
         stand_ins = task_stand_in(tree["task"], tree["models"], tmp_path / "data")
-        command = ["compare", str(path), *COMPARE, *stand_ins, *one_cell(path), f"output={output}"]
+        size = "task.task.size=1" if "task" in tree["task"] else "task.size=1"
+        command = ["compare", str(path), size, *COMPARE, *stand_ins, *one_cell(path), f"output={output}"]
         tree = recipe.load(path, command[2:]).tree
         if tree["task"]["_component_"] == "math500":
             pytest.importorskip("math_verify", reason="math-verify is not installed (pip install 'dllm-toolkit[eval]')")
@@ -145,7 +146,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         files = write_items(tmp_path / "data")
         tiny = "model={_component_: fresh, width: 16, layers: 1, heads: 2, max_positions: 1024}"
         local = f"data={{gsm8k: {{train: {files['gsm8k_train']}, test: {files['gsm8k_test']}}}}}"
-        command = ["harness", str(path), *COMPARE[1:], tiny, local, "size=1", "run.dtype=float32", f"output={output}"]
+        command = ["harness", str(path), *COMPARE, tiny, local, "size=1", "run.dtype=float32", f"output={output}"]
     elif root is PolicyRecipe:  # an untrained model solves nothing: what comes before and after learning runs, and says so
         command = ["train", str(path), *TRAIN_POLICY, f"output={output}"]
     else:

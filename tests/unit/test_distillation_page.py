@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dllm_toolkit.evaluation import ledger
-from dllm_toolkit.evaluation.distillation_page import distinct, main
+from dllm_toolkit.evaluation.distillation_page import different, distinct, main
 from dllm_toolkit.evaluation.ledger import Header, Record
 from dllm_toolkit.testing.ledgers import toy_record
 
@@ -57,6 +58,25 @@ def test_the_page_says_what_each_student_is_worth(tmp_path: Path) -> None:
     assert "+3.0 forwards saved against `sft` (+3.0 to +3.0)." in page
     assert "| `dscd` |" in page and page.count("| 1.00 |\n") >= 3  # the three students have the same compute
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_samples_are_counted_by_problem(tmp_path: Path) -> None:
+    def sample(problem: str, *output: int) -> Record:
+        return replace(record("slow", 0), problem=problem, output=output, tokens=len(output))
+
+    same, other = (sample("p#1", 1, 2), sample("p#2", 1, 2)), (sample("q#1", 1, 2), sample("q#2", 3))
+    assert different([*same, *other]) == (1.5, 2)
+    a_card(tmp_path / "distil", "sft", 1000)
+    recipe = {"task": {"_component_": "repeated"}, "configurations": {"sft": {"decoder": "fast_dllm"}}}
+    (tmp_path / "samples").mkdir()
+    header = Header("hash", recipe, made_on={"device": "a machine"}, configurations=("sft",))
+    with ledger.open_ledger(tmp_path / "samples" / "ledger.jsonl", header) as book:
+        for one in (*same, *other):
+            book.append([replace(one, configuration="sft")])
+    arguments = [str(a_ledger(tmp_path / "run")), str(tmp_path / "page.md"), str(tmp_path / "distil"), str(tmp_path / "samples")]
+    assert main(arguments) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "2 answers to each of 2 problems" in page and "| different of 2 |" in page and "| 1.50 |" in page
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,13 @@ from dllm_toolkit.evaluation.tasks import (
     Infilling,
     ListOperations,
     Problem,
+    Repeated,
     StoryArithmetic,
+    TaskError,
     gsm_symbolic,
     sources,
 )
+from dllm_toolkit.evaluation.tasks.repeated import original
 from dllm_toolkit.models.fresh import fresh
 from dllm_toolkit.recipe import Lazy
 from dllm_toolkit.testing.items import write_items
@@ -32,8 +35,22 @@ from dllm_toolkit.testing.items import write_items
 
 def test_all_tasks_are_registered() -> None:
     assert registry.names("task") == [
-        "countdown", "gsm8k", "gsm_symbolic", "human_eval", "infilling", "list_operations", "math500", "mbpp", "stories", "sudoku", "svamp",
+        "countdown", "gsm8k", "gsm_symbolic", "human_eval", "infilling", "list_operations", "math500", "mbpp", "repeated", "stories",
+        "sudoku", "svamp",
     ]  # fmt: skip
+
+
+def test_a_repeated_task_asks_each_problem_several_times() -> None:
+    task, several = StoryArithmetic(size=2), Repeated(StoryArithmetic(size=2), times=3)
+    first, second = task.problems()
+    assert [one.id for one in several.problems()] == [f"{one.id}#{number}" for one in (first, second) for number in (1, 2, 3)]
+    assert [original(one.id) for one in several.problems()] == [first.id] * 3 + [second.id] * 3
+    last = several.problems()[-1]
+    assert last.prompt == second.prompt and several.render(last, None) == task.render(second, None)
+    assert several.grade(last, second.reference) == task.grade(second, second.reference) and several.extraction() == task.extraction()
+    assert "answered 3 times" in several.describe()
+    with pytest.raises(TaskError, match="Write times: 4"):
+        Repeated(task, times=1)
 
 
 # --- cutting, rendering, describing

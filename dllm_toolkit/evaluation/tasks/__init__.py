@@ -9,11 +9,12 @@ from dllm_toolkit.evaluation.tasks.infilling import Infilling
 from dllm_toolkit.evaluation.tasks.list_operations import ListOperations
 from dllm_toolkit.evaluation.tasks.math500 import MATH500
 from dllm_toolkit.evaluation.tasks.mbpp import MBPP
+from dllm_toolkit.evaluation.tasks.repeated import Repeated
 from dllm_toolkit.evaluation.tasks.stories import StoryArithmetic
 from dllm_toolkit.evaluation.tasks.sudoku import SudokuTask
 from dllm_toolkit.evaluation.tasks.svamp import SVAMP
 
 __all__ = [
     "GSM8K", "MATH500", "MBPP", "SVAMP", "CountdownTask", "GSMSymbolic", "Gap", "Grade", "HumanEval", "Infilling", "ListOperations",
-    "Problem", "StoryArithmetic", "SudokuTask", "Task", "TaskError",
+    "Problem", "Repeated", "StoryArithmetic", "SudokuTask", "Task", "TaskError",
 ]  # fmt: skip
