@@ -116,11 +116,6 @@ BEST: dict[Format, str] = {"fp8": "scaled_mm", "int8": "triton_weights"}
 """What a format runs on where the device has it; benchmarks/matmul_speed.py measures the candidates."""
 
 
-def kernel_for(format: Format, x: Float[Tensor, "M K"], weight: Shaped[Tensor, "N K"]) -> Product:
-    """The product that a format runs on here: `BEST` on a GPU that has it, for half precision and widths that fit, else its formula."""
-    return choose(format, x, best_on(format, weight.device, *weight.shape))
-
-
 def choose(format: Format, x: Float[Tensor, "M K"], best: str | None) -> Product:
     """The kernel `best` for activations that it takes, else the formula. Knows types only, so a compiled graph holds one of them."""
     return FORMULAS[format] if best is None or x.dtype != torch.bfloat16 else KERNELS[best]

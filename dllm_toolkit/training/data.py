@@ -169,8 +169,9 @@ class Data(abc.ABC):
 
     def identity(self) -> str:
         """Two data of one identity have the same rows, however many of them make a batch and whoever writes them."""
-        given = fields(self) if is_dataclass(self) else ()
-        named = [f"{one.name}={getattr(self, one.name)!r}" for one in given if one.name not in ("batch_size", "workers")]
+        if not is_dataclass(self):
+            return repr(self)
+        named = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.name not in ("batch_size", "workers")]
         return f"{type(self).__qualname__}({', '.join(named)})"
 
     @abc.abstractmethod

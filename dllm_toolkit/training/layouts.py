@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_toolkit.models.base import Query
-from dllm_toolkit.models.transformer import Transformer
 from dllm_toolkit.ops import masks
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
@@ -65,14 +63,6 @@ class Layout(abc.ABC):
     def block_length(self) -> int | None:
         """The blocks that answers must be cut into without a rest, if any."""
         return None
-
-
-def read_logits(model: Transformer, seen: Seen) -> Float[Tensor, "B L V"]:
-    """Logits of every canvas position, wherever they lie: the definition. Rows of the prompt may hold anything.
-
-    A loss asks for the positions that count alone (training/forward.py).
-    """
-    return model(Query(seen.tokens, seen.positions, None, seen.allow, seen.read))
 
 
 def single(tokens: Int[Tensor, "B L"], allow: Bool[Tensor, "B L L"] | None, shift: int, block: Int[Tensor, "B L"] | None = None) -> Seen:

@@ -30,12 +30,13 @@ from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.ops import corrupt, masks
 from dllm_toolkit.recipe import Recipe
 from dllm_toolkit.state import Proposal, Region, State
+from dllm_toolkit.testing.layouts import read_logits
 from dllm_toolkit.testing.models import EOS, VOCABULARY, Oracle, Scripted, tiny_transformer, toy_spec
 from dllm_toolkit.training.composed import Copy, hidden
 from dllm_toolkit.training.corruptors import Batch, ExactCount, Uniform
 from dllm_toolkit.training.estimators import Coupled, OneStep, score
 from dllm_toolkit.training.filter import filter_loss
-from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, Layout, read_logits
+from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, Layout
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, sdar
 from dllm_toolkit.training.methods.dparallel import CertaintyForcing
 from dllm_toolkit.training.objectives import (

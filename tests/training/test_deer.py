@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dllm_toolkit.models.transformer import transformer
+from dllm_toolkit.testing.layouts import read_logits
 from dllm_toolkit.training.composed import Shown
 from dllm_toolkit.training.corruptors import Batch
-from dllm_toolkit.training.layouts import Full, read_logits
+from dllm_toolkit.training.layouts import Full
 from dllm_toolkit.training.methods.deer import Continuation, deer_refinement
 from dllm_toolkit.training.objectives import ObjectiveError
 from dllm_toolkit.types import ModelSpec

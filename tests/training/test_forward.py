@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dllm_toolkit.models.transformer import Transformer, transformer
+from dllm_toolkit.testing.layouts import read_logits
 from dllm_toolkit.training.composed import Composed, repeated
 from dllm_toolkit.training.corruptors import Batch
 from dllm_toolkit.training.forward import Forward, ForwardError
-from dllm_toolkit.training.layouts import read_logits
 from dllm_toolkit.training.lora import Lora, adapter_off, inject
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory

@@ -13,11 +13,12 @@ from dllm_toolkit.decode import trace
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.models.transformer import transformer
 from dllm_toolkit.ops import masks
+from dllm_toolkit.testing.layouts import read_logits
 from dllm_toolkit.training.composed import Composed, Copy, hidden
 from dllm_toolkit.training.corruptors import Batch, ExactCount, Monotone
 from dllm_toolkit.training.data import DataError
 from dllm_toolkit.training.forward import Forward
-from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, canvas_blocks, read_logits
+from dllm_toolkit.training.layouts import Annealed, BlockCausal, Doubled, Full, canvas_blocks
 from dllm_toolkit.training.lora import Lora, inject
 from dllm_toolkit.training.methods.block_diffusion import BlockDiffusion, cap, fast_dllm_v2, sdar
 from dllm_toolkit.training.methods.d3llm import PseudoTrajectory, late

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_toolkit.training.data import DataError
+from dllm_toolkit.training.data import Data, DataError, StoryData
 from dllm_toolkit.training.pairs import PairData
 
 ROWS = [{"prompt": f"Question: Max has {number} eggs. Explain:", "answer": f" Max has {number} eggs."} for number in range(8)]
@@ -82,6 +82,15 @@ def test_an_edited_file_is_other_data(tmp_path: Path) -> None:
     """What was recorded for its prompts is not taken for the new ones."""
     before = data(tmp_path).identity()
     assert data(tmp_path).identity() == before != data(tmp_path, [*ROWS[:-1], {**ROWS[-1], "answer": " eggs."}]).identity()
+
+
+def test_data_of_ones_own_are_told_apart_by_what_they_say() -> None:
+    """The size of a batch is no part of what rows are; a class without fields has nothing to tell two of its objects apart but its repr."""
+    own: Any = type("Own", (Data,), {})
+    own.__abstractmethods__ = frozenset()
+    assert StoryData(batch_size=8).identity() == StoryData(batch_size=16).identity() != StoryData(size=9).identity()
+    first, second = own(), own()
+    assert first.identity() != second.identity() and first.identity() == first.identity()
 
 
 def test_numbers_are_graded_as_numbers(tmp_path: Path) -> None:
