@@ -16,9 +16,10 @@ from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
+from dllm_toolkit.models.fused import at_once, in_parts
 from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig
-from dllm_toolkit.ops import attention
+from dllm_toolkit.ops import attention, parts
 from dllm_toolkit.state import begin_state
 from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.types import Attention
@@ -115,6 +116,18 @@ def test_attention_of_few_lanes(way: Any, sizes: tuple[int, ...], dtype: torch.d
     error = ((made.double() - exact).norm() / exact.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(made, torch.compile(attention.few)(way, q, k, v, allow)), "a decode must repeat itself bit for bit"
+
+
+def test_narrow_products_in_parts() -> None:
+    torch.manual_seed(0)
+    one = torch.nn.Linear(4096, 1024, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, 64, 4096, device="cuda").to(torch.bfloat16)
+    with torch.inference_mode():
+        terms, whole = torch.compile(in_parts)(one, x), torch.compile(at_once)(one, x)
+        exact = x.double() @ one.weight.double().T
+    assert parts.cuts(1024, 4096) == 2 and terms.shape == (2, 1, 64, 1024) and whole.dtype == x.dtype
+    for made in (terms.sum(0), whole):
+        assert ((made.double() - exact).norm() / exact.norm()).item() < 1e-2
 
 
 def test_what_a_decode_leaves_does_not_harm_the_next() -> None:
