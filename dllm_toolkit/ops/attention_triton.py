@@ -70,14 +70,22 @@ def _fetch(k, v, s, there, d, k_slot, v_slot):
 
 
 @triton.jit
-def _rotated(q, cos, sin, queries, lane, angles, live, SIZE: tl.constexpr):
-    """`rotate` of models/transformer.py: halves against each other, in the tables' precision. Both halves of a table are alike."""
-    d = tl.arange(0, SIZE)
-    partner = tl.load(q + lane[:, None] + ((d + SIZE // 2) % SIZE)[None, :], mask=live[:, None], other=0.0).to(cos.dtype.element_ty)
-    place = angles[:, None] + (d % (SIZE // 2))[None, :]
-    turned = tl.where((d < SIZE // 2)[None, :], -partner, partner)
-    along = queries.to(cos.dtype.element_ty) * tl.load(cos + place, mask=live[:, None], other=0.0)
-    return (along + turned * tl.load(sin + place, mask=live[:, None], other=0.0)).to(queries.dtype)
+def _queries(q, cos, sin, lane, angle, live, SIZE: tl.constexpr, ROTATE: tl.constexpr):
+    """The queries of a tile; rotated, they are what `rotate` of models/transformer.py makes of them, in the tables' precision.
+
+    lane, angle [lanes]: where a lane's query and its angles begin. Both halves of a table are alike, so one is read.
+    """
+    if ROTATE:
+        half = tl.arange(0, SIZE // 2)
+        place = lane[:, None] + half[None, :]
+        one = tl.load(q + place, mask=live[:, None], other=0.0).to(cos.dtype.element_ty)
+        other = tl.load(q + place + SIZE // 2, mask=live[:, None], other=0.0).to(cos.dtype.element_ty)
+        along = tl.load(cos + angle[:, None] + half[None, :], mask=live[:, None], other=0.0)
+        across = tl.load(sin + angle[:, None] + half[None, :], mask=live[:, None], other=0.0)
+        turned = tl.join((one * along - other * across).to(q.dtype.element_ty), (other * along + one * across).to(q.dtype.element_ty))
+        return tl.reshape(tl.permute(turned, (0, 2, 1)), (lane.shape[0], SIZE))
+    else:
+        return tl.load(q + lane[:, None] + tl.arange(0, SIZE)[None, :], mask=live[:, None], other=0.0)
 
 
 @triton.jit
@@ -100,9 +108,9 @@ def _anyone(seen):
 @triton.jit
 def _kernel(
     q, k, v, allow, cos, sin, out, top, total,
-    width, slots,
+    width, slots, part,
     q_row, q_lane, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, allow_row, allow_lane, angle_row, angle_lane,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip  # no annotations: Triton reads them as types
     row, head, cut = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS, tl.program_id(2)
@@ -113,48 +121,42 @@ def _kernel(
     k += row * k_row + head // SHARED * k_head
     v += row * v_row + head // SHARED * v_head
     allow += row * allow_row + w[:, None] * allow_lane
+    cos += row * angle_row
+    sin += row * angle_row
     best = tl.full((BLOCK_W,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_W,), tl.float32)
     mixed = tl.zeros((BLOCK_W, SIZE), tl.float32)
 
-    # What is waited for longest is asked for first: a lone block and the tail before the queries, whose rotation waits for them.
-    s = cut * BLOCKS * BLOCK_S + tl.arange(0, BLOCK_S)
-    if BLOCKS == 1 and SKIP != "blocks":
-        keys, values = _fetch(k, v, s, s < slots, d, k_slot, v_slot)
-        seen = tl.load(allow + s[None, :], mask=live[:, None] & (s < slots)[None, :], other=0)
-    if TAIL > 0:
-        rest = slots // BLOCK_S * BLOCK_S + tl.arange(0, TAIL)
-        mine = (rest < slots) & (cut == PARTS - 1)
-        seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
-        if SKIP == "nothing":
-            keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
-    queries = tl.load(q + w[:, None] * q_lane + d[None, :], mask=live[:, None], other=0.0)
-    if ROTATE:
-        queries = _rotated(q, cos + row * angle_row, sin + row * angle_row, queries, w * q_lane, w * angle_lane, live, SIZE)
-
-    if BLOCKS == 1 and SKIP != "blocks":
-        best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
-    else:
-        for block in range(BLOCKS):
-            here = s + block * BLOCK_S
-            there = here < slots
-            seen = tl.load(allow + here[None, :], mask=live[:, None] & there[None, :], other=0)
-            if SKIP == "blocks":
-                if _anyone(seen):
-                    keys, values = _fetch(k, v, here, there, d, k_slot, v_slot)
-                    best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
-            else:
-                keys, values = _fetch(k, v, here, there, d, k_slot, v_slot)
-                best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
-    if TAIL > 0:
-        if SKIP == "nothing":
-            if cut == PARTS - 1:
-                best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
-        else:
-            if cut == PARTS - 1:
-                if _anyone(seen_rest):
+    lane, angle = w * q_lane, w * angle_lane
+    queries = tl.zeros((BLOCK_W, SIZE), q.dtype.element_ty)
+    for start in range(0, part, BLOCK_S):
+        s = cut * part + start + tl.arange(0, BLOCK_S)
+        there = s < slots
+        seen = tl.load(allow + s[None, :], mask=live[:, None] & there[None, :], other=0)
+        if SKIP != "blocks":
+            keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
+        if start == 0:  # in here: the loop's first keys are asked for before it begins, but after all that is above it has arrived
+            if TAIL > 0:
+                rest = slots // BLOCK_S * BLOCK_S + tl.arange(0, TAIL)
+                mine = (rest < slots) & (cut == PARTS - 1)
+                seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
+                if SKIP == "nothing":
                     keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
-                    best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
+            queries = _queries(q, cos, sin, lane, angle, live, SIZE, ROTATE)
+            if TAIL > 0:
+                if SKIP == "nothing":
+                    if cut == PARTS - 1:
+                        best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
+                else:
+                    if _anyone(seen_rest):
+                        keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
+                        best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
+        if SKIP == "blocks":
+            if _anyone(seen):
+                keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
+                best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
+        else:
+            best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
 
     if PARTS == 1:
         mixed = mixed / mass[:, None]
@@ -221,10 +223,10 @@ def attend(
             raise ValueError(f"{name} must be dense in its last dimension, got strides {one.stride()}. The kernel reads whole rows.")
     options: dict[str, Any] = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     _kernel[rows * heads, -(-width // chosen.lanes), parts](  # type: ignore[index]  # what the decorator makes of it takes a grid
-        q, k, v, seen, cos, sin, made, top, total, width, slots,
+        q, k, v, seen, cos, sin, made, top, total, width, slots, several * chosen.slots,
         q.stride(0), q.stride(2), q.stride(1), k.stride(0), k.stride(2), k.stride(1), v.stride(0), v.stride(2), v.stride(1),
         seen.stride(0), seen.stride(1), cos.stride(0), cos.stride(1),
-        HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, BLOCKS=several, TAIL=tail, BLOCK_W=chosen.lanes, BLOCK_S=chosen.slots,
+        HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, TAIL=tail, BLOCK_W=chosen.lanes, BLOCK_S=chosen.slots,
         SCALE=1 / math.sqrt(size), ROTATE=rotated, SKIP=chosen.skip, **options,
     )  # fmt: skip
     if parts == 1:
