@@ -168,22 +168,23 @@ def _kernel(
 
 
 @triton.jit
-def _join(
-    made, top, total, out, count, HEADS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr
-):  # fmt: skip
-    """The parts of one lane's heads as one: made [parts, lanes, heads, D], top and total [parts, lanes, heads]. All are read at once."""
-    lane, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P)
+def _join(made, top, total, out, count, HEADS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The parts of one lane's heads as one: made [parts, lanes, heads, D], top and total [parts, lanes, heads]."""
+    lane, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, SIZE)
     there = head < HEADS
-    place = (part[:, None] * count + lane) * HEADS + head[None, :]
-    inside = (part < PARTS)[:, None] & there[None, :]
-    tops = tl.load(top + place, mask=inside, other=float("-inf"))
-    masses = tl.load(total + place, mask=inside, other=0.0)
-    values = tl.load(made + place[:, :, None] * SIZE + d[None, None, :], mask=inside[:, :, None], other=0.0)
-    share = tl.exp(tops - tl.max(tops, 0)[None, :])  # every lane sees something in one of the parts
-    mixed = tl.sum(share[:, :, None] * values, 0) / tl.sum(share * masses, 0)[:, None]
+    best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        best = tl.maximum(best, tl.load(top + (part * count + lane) * HEADS + head, mask=there, other=0.0))
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    mixed = tl.zeros((BLOCK_H, SIZE), tl.float32)
+    for part in tl.static_range(PARTS):
+        place = (part * count + lane) * HEADS + head
+        share = tl.exp(tl.load(top + place, mask=there, other=0.0) - best)  # every lane sees something in one of the parts
+        mass += share * tl.load(total + place, mask=there, other=1.0)
+        mixed += share[:, None] * tl.load(made + place[:, None] * SIZE + d[None, :], mask=there[:, None], other=0.0)
     place = lane * HEADS + head
-    tl.store(out + place[:, None] * SIZE + d[None, :], mixed.to(out.dtype.element_ty), mask=there[:, None])
+    tl.store(out + place[:, None] * SIZE + d[None, :], (mixed / mass[:, None]).to(out.dtype.element_ty), mask=there[:, None])
 
 
 def attend(
@@ -232,9 +233,8 @@ def attend(
     if parts == 1:
         return made[0].transpose(1, 2)
     out = torch.empty(rows, width, heads, size, dtype=q.dtype, device=q.device)
-    deep = 1 << (parts - 1).bit_length()
-    high = min(8, 1 << (heads - 1).bit_length(), max(1, 4096 // (deep * size)))  # numbers of a program that registers hold
+    high = min(8, 1 << (heads - 1).bit_length())
     _join[rows * width, -(-heads // high)](  # type: ignore[index]
-        made, top, total, out, rows * width, HEADS=heads, SIZE=size, PARTS=parts, BLOCK_P=deep, BLOCK_H=high, num_warps=4
+        made, top, total, out, rows * width, HEADS=heads, SIZE=size, PARTS=parts, BLOCK_H=high, num_warps=4
     )
     return out.transpose(1, 2)
