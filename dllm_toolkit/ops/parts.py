@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ENABLED = False
-"""Whether compiled layers cut such products. Not measured yet. What has been compiled stays as it is."""
+ENABLED = True
+"""Whether compiled layers cut such products. What has been compiled stays as it is."""
 MOST_LANES = 128
+MOST_PARTS = 2  # an 8B forward of 64 lanes on an H200: 4.97 ms without, 4.88 with 2, 4.92 with 4; of 16 lanes 4.88, 4.65, 4.68
 TILE, PROGRAMS = 128, 132  # outputs of a tile; multiprocessors of an H100 or H200
 LEAST = 512  # inputs of a part
 
@@ -27,9 +28,10 @@ def parts_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"]) -> int
 
 
 def cuts(outputs: int, inputs: int) -> int:
-    """The power of two that gives a tile for nearly every multiprocessor, if the inputs go into that many parts."""
+    """The power of two, MOST_PARTS at most, that gives a tile for nearly every multiprocessor if the inputs go into that many parts."""
     parts = 1
-    while 2 * parts * -(-outputs // TILE) <= PROGRAMS and inputs % (2 * parts) == 0 and inputs // (2 * parts) >= LEAST:
+    tiles = -(-outputs // TILE)
+    while parts < MOST_PARTS and 2 * parts * tiles <= PROGRAMS and inputs % (2 * parts) == 0 and inputs // (2 * parts) >= LEAST:
         parts *= 2
     return parts
 
