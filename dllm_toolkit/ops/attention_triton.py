@@ -8,7 +8,8 @@ are cut until there are enough programs. The parts meet in a second kernel, in o
 bit. Scores and sums are in float32; weights are rounded to the values' type for the second product, as in other attention kernels.
 
 Two things save time beside that. Queries may come as they leave their projection: the kernel then rotates what it loads, and no other one
-has to. Slots behind the last whole block (a K/V buffer ends in 16, the trash slot and its padding) are a short block of the last part.
+has to. Slots behind the last whole block (a K/V buffer ends in 16, the trash slot and its padding) are a short block, which the last part
+takes while it waits for its first keys.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PROGRAMS = 132  # one for each multiprocessor of an H100 or H200
 NARROW, WIDE = 16, 64  # lanes of the smallest and of the largest tile; no block of slots is shorter than NARROW either
 
 Skip = Literal["nothing", "tail", "blocks"]
-"""What is left out where no lane of a tile sees it. `blocks` also of the whole ones, whose keys are then loaded only after the mask is."""
+"""What is left out where no lane of a tile sees it: the short block at the end, or any. Its keys then wait for the mask."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _kernel(
     HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip  # no annotations: Triton reads them as types
+    """part: slots of a part, whole blocks. TAIL: of the short block behind them all, or 0. SKIP: 1 it where nobody sees it, 2 any block."""
     row, head, cut = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS, tl.program_id(2)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     d = tl.arange(0, SIZE)
@@ -126,38 +128,35 @@ def _kernel(
     best = tl.full((BLOCK_W,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_W,), tl.float32)
     mixed = tl.zeros((BLOCK_W, SIZE), tl.float32)
-
-    lane, angle = w * q_lane, w * angle_lane
     queries = tl.zeros((BLOCK_W, SIZE), q.dtype.element_ty)
     for start in range(0, part, BLOCK_S):
         s = cut * part + start + tl.arange(0, BLOCK_S)
         there = s < slots
         seen = tl.load(allow + s[None, :], mask=live[:, None] & there[None, :], other=0)
-        if SKIP != "blocks":
+        if SKIP < 2:
             keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
         if start == 0:  # in here: the loop's first keys are asked for before it begins, but after all that is above it has arrived
             if TAIL > 0:
                 rest = slots // BLOCK_S * BLOCK_S + tl.arange(0, TAIL)
                 mine = (rest < slots) & (cut == PARTS - 1)
                 seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
-                if SKIP == "nothing":
+                if SKIP == 0:
                     keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
-            queries = _queries(q, cos, sin, lane, angle, live, SIZE, ROTATE)
+            queries = _queries(q, cos, sin, w * q_lane, w * angle_lane, live, SIZE, ROTATE)
             if TAIL > 0:
-                if SKIP == "nothing":
+                if SKIP == 0:
                     if cut == PARTS - 1:
                         best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
                 else:
                     if _anyone(seen_rest):
                         keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
                         best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
-        if SKIP == "blocks":
+        if SKIP == 2:
             if _anyone(seen):
                 keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
                 best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
         else:
             best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
-
     if PARTS == 1:
         mixed = mixed / mass[:, None]
     place = (cut * (tl.num_programs(0) // HEADS) + row) * width + w  # [parts, B, W]
@@ -228,7 +227,7 @@ def attend(
         q.stride(0), q.stride(2), q.stride(1), k.stride(0), k.stride(2), k.stride(1), v.stride(0), v.stride(2), v.stride(1),
         seen.stride(0), seen.stride(1), cos.stride(0), cos.stride(1),
         HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, TAIL=tail, BLOCK_W=chosen.lanes, BLOCK_S=chosen.slots,
-        SCALE=1 / math.sqrt(size), ROTATE=rotated, SKIP=chosen.skip, **options,
+        SCALE=1 / math.sqrt(size), ROTATE=rotated, SKIP=get_args(Skip).index(chosen.skip), **options,
     )  # fmt: skip
     if parts == 1:
         return made[0].transpose(1, 2)
