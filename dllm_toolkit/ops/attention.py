@@ -28,7 +28,7 @@ def way_for(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) 
         return None
     size = q.shape[3]
     trained = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward
-    if BEST == "triton" and has_triton() and size >= 16 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
+    if BEST == "triton" and has_triton() and 16 <= size <= 256 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
         return "triton"
     # Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
     return "products" if q.shape[0] == 1 else None

@@ -54,14 +54,18 @@ class Tiling:
             raise ValueError(f"unknown skip of a tiling, got {self.skip!r}. Write one of {', '.join(get_args(Skip))}.")
 
 
-def tiling_for(heads: int, width: int, slots: int) -> Tiling:
-    """A program for every multiprocessor, no part shorter than two blocks. heads: of all rows.
+def tiling_for(heads: int, width: int, slots: int, size: int, bytes_each: int = 2) -> Tiling:
+    """A program for every multiprocessor, no part shorter than two blocks. heads: of all rows; size, bytes_each: of a key, of its numbers.
 
-    Narrower tiles in place of parts were slower: each reads all keys again.
+    Narrower tiles in place of parts were slower: each reads all keys again. What registers and shared memory do not hold is cut smaller:
+    long keys, and float32, whose products run on no tensor core.
     """
-    lanes = min(max(NARROW, 1 << (width - 1).bit_length()), WIDE)
+    lanes = min(max(NARROW, 1 << (width - 1).bit_length()), WIDE if bytes_each <= 2 else NARROW)
     programs = heads * -(-width // lanes)
-    return Tiling(lanes, max(1, min(-(-PROGRAMS // programs), slots // (2 * Tiling.slots))))
+    parts = max(1, min(-(-PROGRAMS // programs), slots // (2 * Tiling.slots)))
+    if bytes_each > 2:
+        return Tiling(lanes, parts, slots=32, stages=2)
+    return Tiling(lanes, parts) if size <= 128 else Tiling(lanes, parts, slots=32, warps=8)
 
 
 @triton.jit
@@ -198,11 +202,11 @@ def attend(
     """q [B, H, W, D], k and v [B, G, S, D], any of them views of [B, W or S, heads, D]; allow [B, 1, W, S], something for every lane.
 
     Returns [B, H, W, D], a view of [B, W, H, D]. D is a power of two, 16 or more. cos, sin [B, W, D]: the queries are rotated first, as
-    `rotate` does it; the first halves are read, the second are the same. tiling None: what keeps an H100 busy.
+    `rotate` does it; the first halves are read, the second are the same. tiling None: `tiling_for`.
     """
     rows, heads, width, size = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    chosen = tiling_for(rows * heads, width, slots) if tiling is None else tiling
+    chosen = tiling_for(rows * heads, width, slots, size, q.element_size()) if tiling is None else tiling
     blocks, tail = slots // chosen.slots, slots % chosen.slots
     if blocks == 0 or tail > chosen.slots // 2:
         blocks, tail = blocks + 1, 0  # what is nearly a block is one
