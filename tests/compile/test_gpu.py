@@ -128,7 +128,7 @@ def error_of(made: Tensor, exact: Tensor) -> float:
 def test_attention_of_few_lanes(way: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v, allow, cos, sin, turned, exact = few_lanes(sizes, dtype)
     name: Any = way.removesuffix(", rotating")
-    given = (name, turned, k, v, allow) if name == way else (name, q, k, v, allow, (cos, sin))
+    given: tuple[Any, ...] = (name, turned, k, v, allow) if name == way else (name, q, k, v, allow, (cos, sin))
     torch._dynamo.reset()  # every shape is a graph of its own, as in a decode
     run = torch.compile(attention.few, fullgraph=True, dynamic=False)
     made = run(*given)
