@@ -199,6 +199,10 @@ BIBLIOGRAPHY: dict[str, Reference] = {
         "Accelerated Sampling from Masked Diffusion Models via Entropy Bounded Unmasking",
         _names("Heli Ben-Hamu", "Itai Gat", "Daniel Severo", "Niklas Nolte", "Brian Karrer"),
     ),
+    "2506.01347": Reference(
+        "The Surprising Effectiveness of Negative Reinforcement in LLM Reasoning",
+        _names("Xinyu Zhu", "Mengzhou Xia", "Zhepei Wei", "Wei-Lin Chen", "Danqi Chen", "Yu Meng"),
+    ),
     "2506.06295": Reference(
         "dLLM-Cache: Accelerating Diffusion Large Language Models with Adaptive Caching",
         _names(

@@ -18,7 +18,15 @@ from torch import Tensor
 
 Way = Literal["products", "triton"]
 MOST_LANES = 128
-BEST: Way = "triton"
+
+
+@cache
+def has_triton() -> bool:
+    """Is Triton installed? PyTorch's CUDA builds bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+BEST: Way = "triton" if has_triton() else "products"
 """What few lanes run on where Triton is installed: 11.3 us a layer of 64 lanes and 528 slots on an H200, products 14.0."""
 
 
@@ -28,7 +36,7 @@ def way_for(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) 
         return None
     size = q.shape[3]
     trained = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward
-    if BEST == "triton" and has_triton() and 16 <= size <= 256 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
+    if BEST == "triton" and 16 <= size <= 256 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
         return "triton"
     # Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
     return "products" if q.shape[0] == 1 else None
@@ -51,12 +59,6 @@ def few(
 
     assert allow is not None
     return attend(q, k, v, allow, *(angles or (None, None)))
-
-
-@cache
-def has_triton() -> bool:
-    """Is Triton installed? PyTorch's CUDA builds bring it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def use(way: Way) -> None:

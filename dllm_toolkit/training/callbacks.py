@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -114,7 +114,8 @@ class DecodeWhileTraining(pl.Callback):
     """Every `every` steps decode held-out problems with the averaged weights; text, accuracy and tokens per forward to TensorBoard.
 
     `decoder` and `cache` are the components that a comparison uses. `name` separates several of these callbacks in TensorBoard.
-    `stop_at`: accuracy (0..1) at which training ends early, for a model that is to be trained just so far.
+    `stop_at`: share (0..1) at which training ends early, for a model that is to be trained just so far; `measure` says of what: right
+    final answers (`accuracy`), or solutions that are the reference (`exact`).
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class DecodeWhileTraining(pl.Callback):
         max_new_tokens: int = 80,
         name: str = "decode",
         stop_at: float | None = None,
+        measure: Literal["accuracy", "exact"] = "accuracy",
     ) -> None:
         if every < 1 or problems < 1:
             raise DataError(f"every and problems must be at least 1, got {every} and {problems}. Write every: 1000, problems: 16.")
@@ -133,8 +135,8 @@ class DecodeWhileTraining(pl.Callback):
             raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}. It is a length. Write max_new_tokens: 80.")
         self.decoder, self.cache, self.every, self.problems = decoder, cache or NoCache(), every, problems
         if stop_at is not None and not 0 < stop_at <= 1:
-            raise DataError(f"stop_at must lie in (0, 1], got {stop_at}. It is an accuracy. Write stop_at: 0.5, or null.")
-        self.max_new_tokens, self.name, self.stop_at = max_new_tokens, name, stop_at
+            raise DataError(f"stop_at must lie in (0, 1], got {stop_at}. It is a share. Write stop_at: 0.5, or null.")
+        self.max_new_tokens, self.name, self.stop_at, self.measure = max_new_tokens, name, stop_at, measure
         self.examples: list[Example] = []  # given by run_training
         self._done = 0
 
@@ -146,6 +148,8 @@ class DecodeWhileTraining(pl.Callback):
         assert isinstance(pl_module, DiffusionModule)
         prompts = [example.prompt for example in self.examples[: self.problems]]
         check_prompts(pl_module.model.spec, prompts, [self.max_new_tokens] * len(prompts))
+        if self.stop_at is not None and self.measure == "exact" and any(one.exact is None for one in self.examples[: self.problems]):
+            raise DataError("stop_at cannot look at exact solutions, got data without reference solutions. Write measure: accuracy.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = trainer.global_step
@@ -184,21 +188,22 @@ class DecodeWhileTraining(pl.Callback):
         lengths = [answer_tokens(ids, spec.eos_ids) for ids in output.tokens]
         texts = [str(tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in zip(output.tokens, lengths, strict=True)]
         right = [example.grade(text) for example, text in zip(examples, texts, strict=True)]
-        accuracy = sum(right) / len(right)
-        per_forward = sum(lengths) / max(1, sum(output.stats.nfe))
+        exact = [example.exact(text) for example, text in zip(examples, texts, strict=True) if example.exact is not None]
+        shares = {"accuracy": sum(right) / len(right)} | ({"exact": sum(exact) / len(exact)} if exact else {})
+        told = shares | {"tokens_per_forward": sum(lengths) / max(1, sum(output.stats.nfe))}
         print(
-            f"step {step:>6}  {self.name}: accuracy {accuracy:.3f}  tokens_per_forward {per_forward:.2f}  "
+            f"step {step:>6}  {self.name}: {'  '.join(f'{name} {value:.3f}' for name, value in told.items())}  "
             f"({len(right)} problems)\n    {texts[0]!r}",
             file=sys.stderr,
             flush=True,
         )
         if trainer.logger is not None:
-            trainer.logger.log_metrics({f"{self.name}/accuracy": accuracy, f"{self.name}/tokens_per_forward": per_forward}, step)
+            trainer.logger.log_metrics({f"{self.name}/{name}": value for name, value in told.items()}, step)
             writer = trainer.logger.experiment  # type: ignore[attr-defined]
             shown = [
                 f"**{'right' if ok else 'wrong'}**, {nfe} forwards\n\n> {example.text}\n>\n> {text}"
                 for example, text, ok, nfe in zip(examples, texts, right, output.stats.nfe, strict=True)
             ]
             writer.add_text(f"{self.name}/text", "\n\n---\n\n".join(shown[:8]), step)
-        if self.stop_at is not None and accuracy >= self.stop_at:
+        if self.stop_at is not None and shares[self.measure] >= self.stop_at:
             trainer.should_stop = True

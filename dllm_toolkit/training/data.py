@@ -30,11 +30,15 @@ class DataError(ToolkitError):
 
 
 class Example(NamedTuple):
-    """A held-out problem to decode while training: prompt ids, prompt text, and a grader of the answer's text."""
+    """A held-out problem to decode while training: prompt ids, prompt text, and graders of the answer's text.
+
+    grade: is the final answer right? exact: is it the reference solution? None where nobody can say.
+    """
 
     prompt: list[int]
     text: str
     grade: Callable[[str], bool]
+    exact: Callable[[str], bool] | None = None
 
 
 class Source:
@@ -306,6 +310,7 @@ class StoryData(Data):
                 tokenizer.encode(stories.format_prompt(problem), add_special_tokens=False),
                 stories.format_prompt(problem),
                 partial(_graded, problem),
+                partial(_exact, problem),
             )
             for problem in problems
         ]
@@ -363,3 +368,9 @@ def _graded(problem: object, text: str) -> bool:
     from dllm_toolkit.data.stories import grade_answer
 
     return grade_answer(text, problem)  # type: ignore[arg-type]
+
+
+def _exact(problem: object, text: str) -> bool:
+    from dllm_toolkit.data.stories import grade_exact
+
+    return grade_exact(text, problem)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ Kernel = Literal["auto", "dense", "flex"]
 
 LOGITS = 1 << 26
 """Logits at a time: 256 MB in float32, 512 rows of LLaDA's vocabulary."""
+LEAST_HEAD = 16  # dimensions that the CUDA kernel of flex attention takes
 
 
 class ForwardError(ToolkitError):
@@ -68,11 +69,12 @@ class Forward:
     def hidden(self, model: Transformer, tokens: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """What the last layer gives, before the last norm, where position q sees k if block[k] <= block[q]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.hidden_of(model, Query(tokens, positions, allow=None if self._flex(tokens.device) else block_causal(block)), block)
+        allow = None if self._flex(model, tokens.device) else block_causal(block)
+        return self.hidden_of(model, Query(tokens, positions, allow=allow), block)
 
     def hidden_of(self, model: Transformer, query: Query, block: Int[Tensor, "B W"] | None) -> Float[Tensor, "B W D"]:
         """`hidden` of lanes that lie otherwise than the canvas. block: `query.allow` as numbers, None if it has no such form."""
-        flex = self._flex(query.tokens.device) and block is not None
+        flex = self._flex(model, query.tokens.device) and block is not None
         if self.attention == "flex" and not flex:
             raise ForwardError(
                 "flex attention has tiles of blocks in an order, got attention: flex and a layout of another rule. Its mask is drawn, or "
@@ -138,14 +140,19 @@ class Forward:
         chunk = self.rows_at_a_time(model)
         return divergence_rows(student, teacher, _head(model), which, temperature, chunk=chunk, compile=self.compile)
 
-    def _flex(self, device: torch.device) -> bool:
-        on_gpu = device.type == "cuda"
+    def _flex(self, model: Transformer, device: torch.device) -> bool:
+        on_gpu, size = device.type == "cuda", model.config.head_dim or 0
         if self.attention == "flex" and not on_gpu and torch.is_grad_enabled():
             raise ForwardError(
                 f"flex attention has no backward pass on {device.type}, got attention: flex. Only CUDA devices have that kernel. "
                 "Write attention: auto, which is dense there."
             )
-        return self.attention == "flex" or (self.attention == "auto" and self.compile and on_gpu)
+        if self.attention == "flex" and on_gpu and size < LEAST_HEAD:
+            raise ForwardError(
+                f"flex attention on CUDA needs heads of at least {LEAST_HEAD} dimensions, got attention: flex and a model with heads of "
+                f"{size}. Write attention: auto, which is dense there."
+            )
+        return self.attention == "flex" or (self.attention == "auto" and self.compile and on_gpu and size >= LEAST_HEAD)
 
 
 def _head(model: Transformer) -> Tensor:

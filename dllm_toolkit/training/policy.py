@@ -62,7 +62,7 @@ class PolicyGradient:
 
     clip, beta: e and beta of the formula above; penalty: the k3 term looks at the policy at the start of training (`reference`) or at
     the one that sampled (`old`). updates: optimiser steps on the same rollouts. sync_every: the reference becomes the present policy
-    every so many iterations. baseline, scale: see `advantages`. after_end: tokens behind the first end of text learn too.
+    every so many iterations. baseline, scale, negative: see `advantages`. after_end: tokens behind the first end of text learn too.
     share: what a token's loss is divided by, so that all shares add up to 1.
 
         tokens     all counted tokens of the batch: long answers count more
@@ -80,12 +80,18 @@ class PolicyGradient:
     baseline: Baseline = "mean"
     scale: bool = False
     after_end: bool = False
+    negative: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < 1:
             raise PolicyError(f"clip must lie in (0, 1), got {self.clip}. Ratios are held within 1 - clip .. 1 + clip. Write clip: 0.2.")
         if self.beta < 0:
             raise PolicyError(f"beta must be 0 or more, got {self.beta}. It weighs the distance from the reference. Write beta: 0.01.")
+        if self.negative < 0:
+            raise PolicyError(
+                f"negative must be 0 or more, got {self.negative}. It weighs answers below the baseline. Write negative: 1.0, or 0 to "
+                "leave them out."
+            )
         for name in ("updates", "sync_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,36 +136,41 @@ declare("policy", PolicyGradient)
 
 
 @register("policy", "d1")
-def d1(clip: float = 0.5, beta: float = 0.04, updates: int = 12, prompt_masking: float = 0.15, scale: bool = False) -> PolicyGradient:
+def d1(
+    clip: float = 0.5, beta: float = 0.04, updates: int = 12, prompt_masking: float = 0.15, scale: bool = False, negative: float = 1.0
+) -> PolicyGradient:
     """diffu-GRPO of d1 (arXiv 2504.12216): one-step scores, many updates on the same rollouts, each with new prompt masks."""
-    return PolicyGradient(OneStep(prompt_masking), clip, beta, updates=updates, scale=scale)
+    return PolicyGradient(OneStep(prompt_masking), clip, beta, updates=updates, scale=scale, negative=negative)
 
 
 @register("policy", "coupled_grpo")
 def coupled_grpo(
-    clip: float = 0.5, beta: float = 0.01, updates: int = 2, pairs: int = 1, weighted: bool = True, sync_every: int | None = 64
-) -> PolicyGradient:
+    clip: float = 0.5, beta: float = 0.01, updates: int = 2, pairs: int = 1, weighted: bool = True, sync_every: int | None = 64,
+    negative: float = 1.0,
+) -> PolicyGradient:  # fmt: skip
     """coupled-GRPO of DiffuCoder (arXiv 2506.20639): complementary masks, leave-one-out baseline, a reference that follows."""
     return PolicyGradient(
-        Coupled(pairs, weighted=weighted), clip, beta, updates=updates, sync_every=sync_every, baseline="leave_one_out"
-    )  # fmt: skip
+        Coupled(pairs, weighted=weighted), clip, beta, updates=updates, sync_every=sync_every, baseline="leave_one_out", negative=negative
+    )
 
 
 @register("policy", "cj_grpo")
-def cj_grpo(clip: float = 0.5, beta: float = 0.04, updates: int = 8, after_end: bool = True) -> PolicyGradient:
+def cj_grpo(clip: float = 0.5, beta: float = 0.04, updates: int = 8, after_end: bool = True, negative: float = 1.0) -> PolicyGradient:
     """CJ-GRPO (arXiv 2509.23924): every state of the decoder's trajectory, each step as heavy as the next; as released, after_end."""
-    return PolicyGradient(Trajectory(1), clip, beta, share="steps", updates=updates, after_end=after_end)
+    return PolicyGradient(Trajectory(1), clip, beta, share="steps", updates=updates, after_end=after_end, negative=negative)
 
 
 @register("policy", "trace_rl")
 def trace_rl(
-    clip: float = 0.2, beta: float = 0.01, updates: int = 1, shrink: int = 8, rounds: bool = False, scale: bool = False
-) -> PolicyGradient:
+    clip: float = 0.2, beta: float = 0.01, updates: int = 1, shrink: int = 8, rounds: bool = False, scale: bool = False,
+    negative: float = 1.0,
+) -> PolicyGradient:  # fmt: skip
     """TraceRL (arXiv 2509.06949): the decoder's trace, `shrink` steps a view, penalty against the old policy, mean over responses.
 
     rounds: the doubled layout for block-causal models; it wants shrink 1. With updates 1 the old policy is the present one, and the
     penalty and the clip do nothing.
     """
     return PolicyGradient(
-        Rounds(shrink) if rounds else Trajectory(shrink), clip, beta, penalty="old", share="response", updates=updates, scale=scale
+        Rounds(shrink) if rounds else Trajectory(shrink), clip, beta, penalty="old", share="response", updates=updates, scale=scale,
+        negative=negative,
     )  # fmt: skip

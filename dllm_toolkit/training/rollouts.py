@@ -157,16 +157,20 @@ class Pool:
         return output, grades
 
 
-def advantages(rewards: Float[Tensor, "P G"], baseline: Baseline = "mean", scale: bool = False) -> Float[Tensor, "P G"]:
+def advantages(
+    rewards: Float[Tensor, "P G"], baseline: Baseline = "mean", scale: bool = False, negative: float = 1.0
+) -> Float[Tensor, "P G"]:
     """Reward minus the group's mean, or minus the mean of the others; `scale` divides by the group's standard deviation, as GRPO does.
 
-    d1, CJ-GRPO and Dr. GRPO do not divide: that would make groups in which nearly all are right (or wrong) count more.
+    d1, CJ-GRPO and Dr. GRPO do not divide: that would make groups in which nearly all are right (or wrong) count more. negative: what
+    advantages below 0 are multiplied by. 0 learns from the better answers only (arXiv 2506.01347 compares the two halves).
     """
     size = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale:
         centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
-    return centred * size / (size - 1) if baseline == "leave_one_out" else centred
+    centred = centred * size / (size - 1) if baseline == "leave_one_out" else centred
+    return torch.where(centred < 0, negative * centred, centred)
 
 
 def collect(model: Any, pool: Pool, chosen: Sequence[int], built: PolicyRecipe, seed: int) -> tuple[Rollouts, dict[str, float]]:
@@ -194,8 +198,9 @@ def collect(model: Any, pool: Pool, chosen: Sequence[int], built: PolicyRecipe, 
         "equal_groups": int((solved & equal).sum()),
         "forwards": max(output.stats.nfe),
     }
-    learned = advantages(rewards, policy.baseline, policy.scale).flatten()
-    return rollouts_of(output, diary, pool.max_new_tokens, model.spec.eos_ids, learned, policy.after_end).pick(teaches), told
+    learned = advantages(rewards, policy.baseline, policy.scale, policy.negative).flatten()
+    found = rollouts_of(output, diary, pool.max_new_tokens, model.spec.eos_ids, learned, policy.after_end)
+    return found.pick(teaches & (learned != 0 if policy.negative == 0 else True)), told
 
 
 def rollouts_of(

@@ -29,10 +29,8 @@ BATCH = Batch(torch.randint(0, 59, (3, 40), generator=torch.Generator().manual_s
 
 def student(dtype: torch.dtype = torch.float64, **settings: Any) -> Transformer:
     """An adapter that does something: PEFT starts with B = 0."""
-    model = transformer(
-        vocab_size=61, mask_id=60, eos_ids=[59], pad_id=59, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, max_positions=64, seed=1,
-        **settings,
-    ).to(dtype)  # fmt: skip
+    sizes: dict[str, Any] = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 48, "max_positions": 64} | settings
+    model = transformer(vocab_size=61, mask_id=60, eos_ids=[59], pad_id=59, seed=1, **sizes).to(dtype)
     torch.manual_seed(0)  # PEFT draws A
     inject(model, Lora(rank=4, alpha=8))
     generator = torch.Generator().manual_seed(2)
@@ -133,6 +131,9 @@ def test_what_cannot_be_computed_is_refused() -> None:
         Forward(chunk=0)
     with pytest.raises(ForwardError, match="Write attention"):
         step(student(), D2FDistillation(forward=Forward(attention="flex")))
+    with pytest.raises(ForwardError, match="16 dimensions.*heads of 8"):
+        Forward(attention="flex")._flex(student(), torch.device("cuda"))
+    assert not Forward(compile=True)._flex(student(), torch.device("cuda"))
     with torch.no_grad(), pytest.raises(ForwardError, match="doubled row"):
         BlockDiffusion(8, forward=Forward(attention="flex"))(student(), BATCH, torch.Generator())
     model = transformer(vocab_size=61, mask_id=60, eos_ids=[59], pad_id=59, width=32, layers=1, heads=2, max_positions=64)
@@ -141,15 +142,16 @@ def test_what_cannot_be_computed_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [32, 64])  # heads of 8, which tiles do not take, and of 16
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "layers"])
 @pytest.mark.parametrize(
     "plain", [D2FDistillation(block_length=8), DSCD(), BlockDiffusion(8), MaskedDiffusion()], ids=lambda one: type(one).__name__
 )
-def test_compiled_tiles_give_the_dense_step_on_a_gpu(plain: D2FDistillation | Composed, checkpoint: Any) -> None:
+def test_compiled_tiles_give_the_dense_step_on_a_gpu(plain: D2FDistillation | Composed, checkpoint: Any, width: int) -> None:
     batch = Batch(BATCH.tokens.cuda(), BATCH.prompt_length.cuda(), BATCH.answer_length)
     found = []
     for objective in (plain, replace(plain, forward=Forward(checkpoint=checkpoint, chunk=16)).compiled()):
-        model = student(torch.float32).cuda()
+        model = student(torch.float32, width=width).cuda()
         loss = objective(model, batch, torch.Generator("cuda").manual_seed(1)).value
         loss.backward()
         found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))

@@ -276,6 +276,7 @@ def test_advantages() -> None:
     assert advantages(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]]
     assert torch.allclose(advantages(rewards, "leave_one_out")[1], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     assert torch.allclose(advantages(rewards, scale=True).std(1), torch.ones(2), atol=1e-3)
+    assert advantages(rewards, negative=0.5).tolist() == [[0.5, -0.25, -0.25, 0.5], [0.75, -0.125, -0.125, -0.125]]
 
 
 def test_a_reward_weighs_the_grade() -> None:
@@ -468,10 +469,12 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "result.json").read_text())["exact"]["interval"][0] > 0
 
 
-def test_training_can_stop_at_an_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measure", ["accuracy", "exact"])
+def test_training_can_stop_at_an_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str) -> None:
     """How the under-trained teacher is made: the callback ends the run, and ends it again when it is started again."""
-    monkeypatch.setattr("dllm_toolkit.training.data._graded", lambda problem, text: True)
-    judge = {"_component_": "decode", "decoder": "semi_ar", "every": 2, "problems": 1, "max_new_tokens": 2, "stop_at": 0.5}
+    monkeypatch.setattr(f"dllm_toolkit.training.data.{'_graded' if measure == 'accuracy' else '_exact'}", lambda problem, text: True)
+    judge = {"_component_": "decode", "decoder": "semi_ar", "every": 2, "problems": 1, "max_new_tokens": 2}
+    judge |= {"stop_at": 0.5, "measure": measure}
     tree = {
         "model": {"_component_": "fresh", "width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 192},
         "data": {"_component_": "stories", "size": 8, "heldout": 2, "batch_size": 2},
@@ -491,6 +494,7 @@ def test_training_can_stop_at_an_accuracy(tmp_path: Path, monkeypatch: pytest.Mo
         ({"decoder": {"_component_": "remdm_loop", "temperature": 1.0}}, "changes what it decided"),
         ({"policy": {"_component_": "trace_rl", "rounds": True}}, "policy: .*block-causal"),
         ({"policy": {"_component_": "trace_rl", "clip": 1.5}}, "clip must lie in"),
+        ({"policy": {"_component_": "trace_rl", "negative": -1.0}}, "negative must be 0 or more"),
         ({"policy": {"_component_": "trace_rl", "shrink": 0}}, "shrink must be at least 1"),
         ({"policy": "coupled_grpo", "lora": {"rank": 2}}, "sync_every"),
         ({"rollouts": {"problems": 99, "max_new_tokens": 6}}, "task: .*fewer problems"),
