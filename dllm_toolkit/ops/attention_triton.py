@@ -143,18 +143,17 @@ def _kernel(
             if TAIL > 0:
                 rest = slots // BLOCK_S * BLOCK_S + tl.arange(0, TAIL)
                 mine = (rest < slots) & (cut == PARTS - 1)
-                seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
                 if SKIP == 0:
                     keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
             queries = _queries(q, cos, sin, w * q_lane, w * angle_lane, live, SIZE, ROTATE)
             if TAIL > 0:
+                seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
                 if SKIP == 0:
                     if cut == PARTS - 1:
                         best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
-                else:
-                    if _anyone(seen_rest):
-                        keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
-                        best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
+                elif _anyone(seen_rest):
+                    keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
+                    best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
         if SKIP == 2:
             if _anyone(seen):
                 keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
