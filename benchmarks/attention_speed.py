@@ -2,6 +2,7 @@
 
     python benchmarks/attention_speed.py                     LLaDA-8B's heads on a GPU
     python benchmarks/attention_speed.py --heads 2 --head-dim 16 --layers 2 --device cpu --lanes 4 --slots 40 --batch 2
+    python benchmarks/attention_speed.py --tune --lanes 64 --batch 1     tilings of our own kernel
 
 A step attends from W lanes to S slots under a dense mask that differs from row to row. Variants, all over the same buffers
 [B, S, H, D] and replayed as one CUDA graph on a GPU, `--layers` times on different buffers:
@@ -13,19 +14,27 @@ A step attends from W lanes to S slots under a dense mask that differs from row 
     products    two batched products and a softmax, compiled
     triton      our own kernel (ops/attention_triton.py), where Triton is installed
     flex        flex_attention, compiled, the mask read from a tensor
-    64x4        that kernel with tiles of so many lanes and slots in so many parts (`--tiles`)
+    64x4        that kernel with its work cut in a way of your own (`--tiles`), such as 64x4 or 64x4x128x8x2xtail: lanes of a tile, parts
+                of the slots at most; and, if given, slots of a block, warps, stages, what is skipped unseen (nothing, tail, blocks)
     unmasked    scaled_dot_product_attention without a mask: the price of masking
 
 The floor is the bytes of keys, values and mask over the bandwidth of a plain copy. Prints the machine, a table, and one JSON line.
+
+`--tune` measures some forty tilings of our own kernel instead, sorted by time, launched directly and never compiled by PyTorch. The kernel
+rotates the queries then (`rotate+`); the five fastest are measured without that too. What does not run or is wrong has its reason in the
+table. As in a decode, the last `--padding` slots are seen by dead lanes only, of which there are `--dead`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,7 +44,7 @@ from matmul_speed import bandwidth, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dllm_toolkit.ops.attention import few
+from dllm_toolkit.ops.attention import few, has_triton
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -64,11 +73,24 @@ def own_kernel(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     return few("triton", q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1))
 
 
+def tiling_of(text: str) -> Any:
+    """`64x4`, `64x4x128`, ... as a Tiling."""
+    from dllm_toolkit.ops.attention_triton import Tiling
+
+    numbers = text.split("x")
+    skip = [numbers.pop()] if not numbers[-1].isdigit() else []
+    if not 2 <= len(numbers) <= 5 or not all(one.isdigit() for one in numbers):
+        raise SystemExit(f"a tiling is LANESxPARTS[xSLOTS[xWARPS[xSTAGES]]][xSKIP], got {text}. Write 64x4, or 64x4x128x8x2xtail.")
+    try:
+        return Tiling(*map(int, numbers), **({"skip": skip[0]} if skip else {}))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise SystemExit(f"{text}: {error}") from None
+
+
 def tiled(tile: str, q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
     from dllm_toolkit.ops.attention_triton import attend
 
-    lanes, parts = map(int, tile.split("x"))
-    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1), (lanes, parts))
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allow.unsqueeze(1), tiling=tiling_of(tile))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:
@@ -102,6 +124,94 @@ def run_all(attention: Attention, layers: list[tuple[Tensor, Tensor, Tensor]], a
         attention(q, k, v, allow)
 
 
+def grid(lanes: int, batch: int, heads: int) -> list[str]:
+    """What is worth measuring for a shape. Keys in flight (slots x stages) differ most, so they are varied most."""
+    if lanes <= 16:
+        wide, narrow = 16, None
+    else:
+        wide, narrow = (64, 32) if lanes > 32 else (32, 16)
+    found = []
+    for parts in (1, 2, 4, 8) if batch * heads * -(-lanes // wide) <= 132 else (1, 2):
+        for block in ("32x4x3", "32x4x4", "64x4x2", "64x4x3", "64x8x3", "128x8x2"):
+            if parts < 8 or not block.startswith("128"):  # 528 slots have four such blocks
+                found.append(f"{wide}x{parts}x{block}")
+    found += [f"{wide}x1x64x4x4", f"{wide}x1x64x8x4", f"{wide}x4x128x4x2", f"{wide}x4x32x4x5"]
+    if narrow is not None:
+        found += [f"{narrow}x{parts}x64x4x{stages}" for parts in (1, 2, 4) for stages in (3, 4)]
+    return found + [f"{wide}x4x64x4x3x{skip}" for skip in ("tail", "blocks")] + [f"{wide}x8x64x4x2xblocks", f"{wide}x4x128x8x2xtail"]
+
+
+def tune(options: argparse.Namespace, device: torch.device, batch: int, slots: int, lanes: int) -> dict[str, Any]:
+    """Every tiling of the grid on one shape, `--layers` launches in a graph: microseconds a layer, or why there are none."""
+    from dllm_toolkit.models.transformer import rotate
+    from dllm_toolkit.ops.attention_triton import attend
+
+    heads, size = options.heads, options.head_dim
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # Triton's interpreter has no product in bf16
+    q = torch.randn(batch, lanes, 3 * heads * size, device=device).to(dtype)[..., : heads * size]  # as a fused product leaves it
+    q = q.unflatten(-1, (heads, size)).transpose(1, 2)
+    shape = (batch, slots, heads, size)
+    stores = [tuple(torch.randn(shape, device=device).to(dtype).transpose(1, 2) for _ in range(2)) for _ in range(options.layers)]
+    allow = torch.rand(batch, 1, lanes, slots, device=device) > 0.3
+    allow[..., slots - options.padding :] = False
+    allow[..., 0] = True
+    if options.dead:
+        allow[:, :, lanes - options.dead :] = False
+        allow[:, :, lanes - options.dead :, slots - options.padding] = True
+    angle = torch.rand(batch, lanes, size // 2, device=device) * 6
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    turned = rotate(q.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
+    exact = [F.scaled_dot_product_attention(one.float(), *(other.float() for other in stores[0]), attn_mask=allow) for one in (q, turned)]
+    spent: dict[str, float] = {}
+    failed: dict[str, str] = {}
+
+    def once(text: str, rotated: bool, store: tuple[Tensor, ...]) -> Tensor:
+        return attend(q, store[0], store[1], allow, cos if rotated else None, sin if rotated else None, tiling_of(text))
+
+    def layers(text: str, rotated: bool) -> None:
+        for store in stores:
+            once(text, rotated, store)
+
+    def measured(text: str, rotated: bool) -> None:
+        name = f"rotate+{text}" if rotated else text
+        try:
+            error = float((once(text, rotated, stores[0]).float() - exact[rotated]).norm() / exact[rotated].norm())
+            if not error < 2e-2:
+                raise RuntimeError(f"relative error {error:.3g}")
+            spent[name] = round(timed(partial(layers, text, rotated), device, options.repeats) / options.layers * 1e3, 2)
+        except Exception as failure:  # out of shared memory, a compiler's error: the next one may run
+            failed[name] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:80]}"
+
+    texts = options.tiles or grid(lanes, batch, heads)
+    if device.type == "cuda":  # compiling is what takes the time, and threads share it; what fails here fails again below
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for one in [pool.submit(once, text, True, stores[0]) for text in texts]:
+                one.exception()
+        torch.cuda.synchronize()
+    for text in texts:
+        measured(text, True)
+    for name in sorted(spent, key=lambda one: spent[one])[:5]:
+        measured(name.removeprefix("rotate+"), False)
+    ordered = dict(sorted(spent.items(), key=lambda one: one[1]))
+    return {"batch": batch, "slots": slots, "lanes": lanes, "dead": options.dead, "us_a_layer": ordered, "failed": failed}
+
+
+def tuned(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """`tune` on every shape, printed as it goes."""
+    if not has_triton():
+        raise SystemExit("Triton is not installed, and --tune measures its kernel. It comes with PyTorch's builds for CUDA.")
+    rows = []
+    for batch, slots, lanes in product(options.batch, options.slots, options.lanes):
+        if not 0 <= options.dead < lanes or not 0 < options.padding < slots:
+            got = f"{options.dead} of {lanes} lanes and {options.padding} of {slots} slots"
+            raise SystemExit(f"--dead must leave a lane, --padding some slots and take one, got {got}. Write --dead 0 --padding 16.")
+        rows.append(tune(options, device, batch, slots, lanes))
+        print(f"batch {batch}, {slots} slots, {lanes} lanes: us a layer", file=sys.stderr)
+        for name, value in (*rows[-1]["us_a_layer"].items(), *rows[-1]["failed"].items()):
+            print(f"  {name:<28} {value}", file=sys.stderr, flush=True)
+    return finish("attention_speed", {"rows": rows}, options, device, variant="tune")
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
@@ -110,13 +220,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 32, 64, 128, 512])
     parser.add_argument("--slots", type=int, nargs="+", default=[528])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tiles", nargs="*", default=[], metavar="LANESxPARTS", help="of our own kernel, such as 64x4")
+    parser.add_argument("--tiles", nargs="*", default=[], metavar="TILING", help="of our own kernel, such as 64x4 or 64x4x128x8x2xtail")
+    parser.add_argument("--tune", action="store_true", help="measure tilings of our own kernel (those of --tiles, if any) and nothing else")
+    parser.add_argument("--padding", type=int, default=16, help="of --tune: slots at the end that only dead lanes see")
+    parser.add_argument("--dead", type=int, default=0, help="of --tune: dead lanes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)
     save_option(parser)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)
+    for text in options.tiles:
+        tiling_of(text)
+    if options.tune:
+        return tuned(options, device)
     torch._dynamo.config.recompile_limit = 256
     gbps = bandwidth(device, 4 << 30 if device.type == "cuda" else 64 << 20, options.repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -200,6 +200,13 @@ def dense(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=lanes.allow, is_causal=lanes.causal, enable_gqa=grouped)
 
 
+def rotating(
+    q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], lanes: Lanes
+) -> Float[Tensor, "B H W D"]:
+    """`dense` for queries that are not rotated yet, where the kernel of few lanes does both at once."""
+    return attention.few("triton", q, k, v, lanes.allow, (lanes.cos.squeeze(2), lanes.sin.squeeze(2)))
+
+
 class Layer(nn.Module):
     """Attention and SwiGLU, both pre-norm and residual: x + attend(x), then x + transform(x)."""
 
@@ -234,7 +241,11 @@ class Layer(nn.Module):
         """What attention adds to the stream. The lanes' keys and values go into `kv` first, when one is given."""
         rows, width, _ = x.shape
         queries, keys, values = together(self.attention_norm(x), self.fused_attention, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(queries.reshape(rows, width, self.heads, self.head_dim)), lanes.cos, lanes.sin)
+        q = self.q_norm(queries.reshape(rows, width, self.heads, self.head_dim))
+        if mix is dense and lanes.flat is None and attention.way_for(q.transpose(1, 2), lanes.allow) == "triton":
+            mix = rotating
+        else:
+            q = rotate(q, lanes.cos, lanes.sin)
         k = rotate(self.k_norm(keys.reshape(rows, width, self.kv_heads, self.head_dim)), lanes.cos, lanes.sin)
         v = values.reshape(rows, width, self.kv_heads, self.head_dim)
         if kv is not None:

@@ -35,22 +35,30 @@ def way_for(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) 
     if allow is None or not q.is_cuda or not torch.compiler.is_compiling() or q.shape[2] > MOST_LANES:
         return None
     size = q.shape[3]
-    if BEST == "triton" and size >= 16 and size & (size - 1) == 0 and q.dtype != torch.float64:
+    trained = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward
+    if BEST == "triton" and 16 <= size <= 256 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
         return "triton"
     # Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
     return "products" if q.shape[0] == 1 else None
 
 
 def few(
-    way: Way, q: Float[Tensor, "B H W D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], allow: Bool[Tensor, "B 1 W S"] | None
+    way: Way,
+    q: Float[Tensor, "B H W D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S D"],
+    allow: Bool[Tensor, "B 1 W S"] | None,
+    angles: tuple[Float[Tensor, "B W D"], Float[Tensor, "B W D"]] | None = None,
 ) -> Float[Tensor, "B H W D"]:
-    """Attention in the given way."""
+    """Attention in the given way. angles: cosines and sines by which the kernel (triton) still has to rotate the queries."""
     if way == "products":
+        if angles is not None:
+            raise ValueError("products take rotated queries, got angles. Only the kernel rotates what it reads. Write way: triton.")
         return products(q, k, v, allow)
     from dllm_toolkit.ops.attention_triton import attend
 
     assert allow is not None
-    return attend(q, k, v, allow)
+    return attend(q, k, v, allow, *(angles or (None, None)))
 
 
 def use(way: Way) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from dllm_toolkit import workspace
@@ -18,7 +19,7 @@ from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
 from dllm_toolkit.models.fused import at_once, in_parts
 from dllm_toolkit.models.guidance import Guided
-from dllm_toolkit.models.transformer import Transformer, TransformerConfig
+from dllm_toolkit.models.transformer import Transformer, TransformerConfig, rotate
 from dllm_toolkit.ops import attention, parts
 from dllm_toolkit.state import begin_state
 from dllm_toolkit.stream import decode_stream
@@ -99,23 +100,52 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     assert warm_up == 0.0, "a graph was recorded again"
 
 
-@pytest.mark.parametrize("way", ["products", "triton"])
-@pytest.mark.parametrize("sizes", [(1, 4, 4, 64, 528, 128), (3, 4, 2, 100, 130, 32), (1, 8, 8, 5, 70, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_few_lanes(way: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def few_lanes(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q as a fused product leaves it, k, v, who sees whom, cosines and sines; with the queries rotated, and what they find, in float64."""
     rows, heads, groups, width, slots, size = sizes
     torch.manual_seed(0)
-    shapes = ((width, heads), (slots, groups), (slots, groups))
-    q, k, v = (torch.randn(rows, many, count, size, device="cuda").to(dtype).transpose(1, 2) for many, count in shapes)
+    q = torch.randn(rows, width, 3 * heads * size, device="cuda").to(dtype)[..., : heads * size].view(rows, width, heads, size)
+    k, v = (torch.randn(rows, slots, groups, size, device="cuda").to(dtype).transpose(1, 2) for _ in range(2))
     allow = torch.rand(rows, 1, width, slots, device="cuda") > 0.5
+    allow[:, :, 1:4, 64:] = False
     allow[:, :, :, 3] = True
     allow[:, :, 0] = False
     allow[:, :, 0, slots - 1] = True  # the only one, in the last part
-    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allow, enable_gqa=True)
-    made = torch.compile(attention.few)(way, q, k, v, allow)
-    error = ((made.double() - exact).norm() / exact.norm()).item()
-    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
-    assert torch.equal(made, torch.compile(attention.few)(way, q, k, v, allow)), "a decode must repeat itself bit for bit"
+    angle = torch.rand(rows, width, size // 2, device="cuda").repeat(1, 1, 2) * 6
+    turned = rotate(q, angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)).transpose(1, 2)
+    exact = torch.nn.functional.scaled_dot_product_attention(turned.double(), k.double(), v.double(), attn_mask=allow, enable_gqa=True)
+    return q.transpose(1, 2), k, v, allow, angle.cos(), angle.sin(), turned, exact
+
+
+def error_of(made: Tensor, exact: Tensor) -> float:
+    return ((made.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("way", ["products", "triton", "triton, rotating"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 4, 64, 528, 128), (3, 4, 2, 100, 130, 32), (1, 8, 8, 5, 70, 64), (1, 2, 2, 16, 272, 256)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_few_lanes(way: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v, allow, cos, sin, turned, exact = few_lanes(sizes, dtype)
+    name: Any = way.removesuffix(", rotating")
+    given: tuple[Any, ...] = (name, turned, k, v, allow) if name == way else (name, q, k, v, allow, (cos, sin))
+    torch._dynamo.reset()  # every shape is a graph of its own, as in a decode
+    run = torch.compile(attention.few, fullgraph=True, dynamic=False)
+    made = run(*given)
+    assert error_of(made, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(made, run(*given)), "a decode must repeat itself bit for bit"
+
+
+@pytest.mark.skipif(not attention.has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("tile", [(64, 4, 128, 8, 2), (64, 1, 64, 8, 4), (32, 2, 32, 4, 4), (16, 8, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize("skip", ["nothing", "tail", "blocks"])
+def test_attention_of_few_lanes_however_the_work_is_cut(tile: tuple[int, ...], skip: Any) -> None:
+    from dllm_toolkit.ops.attention_triton import Tiling, attend
+
+    q, k, v, allow, cos, sin, turned, exact = few_lanes((2, 4, 2, 60, 528, 128), torch.bfloat16)
+    assert error_of(attend(q, k, v, allow, cos, sin, Tiling(*tile, skip=skip)), exact) < 1e-2
+    assert error_of(attend(turned, k, v, allow, tiling=Tiling(*tile, skip=skip)), exact) < 1e-2
 
 
 def test_narrow_products_in_parts() -> None:
