@@ -57,15 +57,17 @@ class Tiling:
 def tiling_for(heads: int, width: int, slots: int, size: int, bytes_each: int = 2) -> Tiling:
     """A program for every multiprocessor, no part shorter than two blocks. heads: of all rows; size, bytes_each: of a key, of its numbers.
 
-    Narrower tiles in place of parts were slower: each reads all keys again. What registers and shared memory do not hold is cut smaller:
-    long keys, and float32, whose products run on no tensor core.
+    Narrower tiles in place of parts were slower: each reads all keys again. A part is short, and shorter blocks let it begin earlier. What
+    registers and shared memory do not hold is cut smaller: long keys, and float32, whose products run on no tensor core.
     """
     lanes = min(max(NARROW, 1 << (width - 1).bit_length()), WIDE if bytes_each <= 2 else NARROW)
     programs = heads * -(-width // lanes)
     parts = max(1, min(-(-PROGRAMS // programs), slots // (2 * Tiling.slots)))
     if bytes_each > 2:
         return Tiling(lanes, parts, slots=32, stages=2)
-    return Tiling(lanes, parts) if size <= 128 else Tiling(lanes, parts, slots=32, warps=8)
+    if size > 128:
+        return Tiling(lanes, parts, slots=32, warps=8)
+    return Tiling(lanes, parts, slots=32, stages=4) if parts > 1 else Tiling(lanes, parts)
 
 
 @triton.jit
