@@ -207,10 +207,12 @@ def rollouts_of(
     output: Output, diary: Diary, answer_length: int, eos_ids: Sequence[int], advantage: Float[Tensor, "B"], after_end: bool = False
 ) -> Rollouts:
     """A decode with its diary, as rollouts. What learns is what the decoder committed up to the first end of text, or behind it too."""
-    batch = Batch(output.canvas, output.begin, answer_length)
-    counted = (batch.answer if after_end else batch.text(eos_ids)) & (output.born >= 0)
+    # A compiled decode has a longer canvas, maybe longer than the model's positions; nothing is said of what is behind the answers.
+    length = int(output.begin.max()) + answer_length
+    batch = Batch(output.canvas[:, :length], output.begin, answer_length)
+    counted = (batch.answer if after_end else batch.text(eos_ids)) & (output.born[:, :length] >= 0)
     # Copies: what inference mode made cannot be part of a graph.
     tokens, begin, decided, born, counted = (
-        one.clone() for one in (output.canvas, output.begin, diary.tokens, diary.born, counted)
+        one.clone() for one in (batch.tokens, output.begin, diary.tokens[:, :length], diary.born[:, :length], counted)
     )  # fmt: skip
     return Rollouts(tokens, begin, answer_length, decided, born, counted, advantage)

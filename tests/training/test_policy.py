@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllm_toolkit import decode as decoding
 from dllm_toolkit import graphs
 from dllm_toolkit.cache.policies import BlockCausalCache
 from dllm_toolkit.decode import decode, trace
@@ -46,6 +47,16 @@ def rolled(model: Transformer, decoder: Any, after_end: bool = False, **more: An
     diary = Diary()
     output = decode(model, decoder, PROMPTS, max_new_tokens=LENGTH, seed=3, callback=diary, **more)
     return rollouts_of(output, diary, LENGTH, model.spec.eos_ids, torch.ones(len(PROMPTS)), after_end)
+
+
+def test_what_lies_behind_the_answers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canvas of a compiled decode is longer than the answers, maybe than the model's positions: no view reads there."""
+    model, decoder = tiny_transformer(), semi_ar(block_length=4, temperature=1.0)
+    exact = rolled(model, decoder)
+    begin_state = decoding.begin_state
+    monkeypatch.setattr(decoding, "begin_state", lambda *a, length, **k: begin_state(*a, length=length + 70, **k))
+    padded = rolled(model, decoder)
+    assert all(torch.equal(one, other) for one, other in zip(exact, padded, strict=True) if isinstance(one, Tensor))  # type: ignore[arg-type]
 
 
 # --- the surrogate
