@@ -75,6 +75,24 @@ def finish(
     variant: part of the file's name, for settings whose results stand beside each other (weights in 8 bits). A file is replaced whole: it
     holds the last run.
     """
+    whole = _described(name, result, options, device)
+    if options.save is not None:
+        path = Path(options.save) / f"{name}{f'-{variant}' if variant else ''}.json"
+        os.replace(_written(path.with_suffix(".partial"), whole), path)  # a run that dies here leaves the last result
+        print(f"kept in {path}", file=sys.stderr)
+    print(json.dumps(whole), flush=True)
+    return whole
+
+
+def keep_so_far(
+    name: str, result: dict[str, Any], options: argparse.Namespace, device: torch.device | str, variant: str | None = None
+) -> None:
+    """With `--save`, what there is after a section, in a file NAME.partial beside the last result: a run may be ended from outside."""
+    if options.save is not None:
+        _written(Path(options.save) / f"{name}{f'-{variant}' if variant else ''}.partial", _described(name, result, options, device))
+
+
+def _described(name: str, result: dict[str, Any], options: argparse.Namespace, device: torch.device | str) -> dict[str, Any]:
     settings = {key: value for key, value in vars(options).items() if key != "save"}
     about = {
         "benchmark": name,
@@ -84,13 +102,10 @@ def finish(
         "commit": commit(),
         "settings": settings,
     }
-    whole = {**about, **{key: value for key, value in result.items() if key not in about}}
-    if options.save is not None:
-        path = Path(options.save) / f"{name}{f'-{variant}' if variant else ''}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)  # a run that dies here leaves the last result
-        print(f"kept in {path}", file=sys.stderr)
-    print(json.dumps(whole), flush=True)
-    return whole
+    return {**about, **{key: value for key, value in result.items() if key not in about}}
+
+
+def _written(path: Path, whole: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return path

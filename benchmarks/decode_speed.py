@@ -16,7 +16,8 @@ any recipe.
     long        a prompt of `--long` tokens: d2f, semi-AR + dual, autoregressive
 
 `--weights fp8` (or int8) measures everything with the linear maps in 8 bits (models/eight_bit.py). A section that fails, for want of memory
-for instance, has its error in its place, and the next one runs. Each time is a median. Prints the machine, a table, and one JSON line.
+for instance, has its error in its place, and the next one runs; with `--save` a run that is ended from outside leaves what it had in a
+file *.partial. Each time is a median. Prints the machine, a table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import finish, save_option
+from common import finish, keep_so_far, save_option
 from matmul_speed import bandwidth
 from replays import forget, products, steps
 
@@ -253,11 +254,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.only is None or key in options.only:
             result["decode"][key] = attempt(partial(generation, model, attention, decoder, cache, options, 1), device)
             print(f"{key:30} {result['decode'][key]}", file=sys.stderr, flush=True)
+            keep_so_far("decode_speed", result, options, device, options.weights)
     attention, decoder, cache = settings(options)["d2f, block_causal"]
     for rows in options.batch:
         for refill in (False, True):
             result["batch"].append(attempt(partial(throughput, model, attention, decoder, cache, options, rows, refill), device))
             print(f"batch {rows:4} {result['batch'][-1]}", file=sys.stderr, flush=True)
+            keep_so_far("decode_speed", result, options, device, options.weights)
     long = argparse.Namespace(**{**vars(options), "prompt": options.long})
     for key in ("d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal") if options.long else ():
         attention, decoder, cache = settings(options)[key]

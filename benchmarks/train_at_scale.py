@@ -27,7 +27,8 @@ Objective, teacher (the same weights with the adapter off), adapter, optimiser, 
                student and once for the teacher. What is computed again, or in vain, counts as time only
 
 Times are medians. A line that fails, for want of memory for instance, has its error in its place, and the next one runs; lines that
-`--minutes` leaves no time for are left out by name. Prints a table and one JSON line.
+`--minutes` leaves no time for are left out by name, and with `--save` a run that is ended from outside leaves what it had in
+a file *.partial. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from common import device_name, finish, save_option
+from common import device_name, finish, keep_so_far, save_option
 from torch import Tensor
 from train_speed import PEAK
 
@@ -384,7 +385,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 tidy(device)
             lines.append({"recipe": name, "model": shape, **row})
             print(told(lines[-1]), file=sys.stderr, flush=True)
-    result = {"peak_flops": options.peak, "seconds": round(time.perf_counter() - begun, 1), "lines": lines}
+            result = {"peak_flops": options.peak, "seconds": round(time.perf_counter() - begun, 1), "lines": lines}
+            keep_so_far("train_at_scale", result, options, device)
     print("\n".join(["", *(told(row) for row in lines)]), file=sys.stderr, flush=True)
     if options.markdown is not None:
         print(markdown(result))

@@ -102,10 +102,19 @@ def test_train_at_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         return train(loaded, built)
 
     monkeypatch.setattr(module, "run_training", first_too_large)
+    kept, keep = [], module.keep_so_far
+
+    def keep_and_read(*arguments: Any) -> None:
+        keep(*arguments)
+        kept.append(json.loads((tmp_path / "train_at_scale.partial").read_text()))
+
+    monkeypatch.setattr(module, "keep_so_far", keep_and_read)
     words = ("--tiny", "--steps", "2", "--warm-up", "1", "--peak", "1e9", "--recipes", "d3llm_llada", "dscd_llada")
     result = module.main([*words, "--save", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(result))
     failed, row = result["lines"]
+    # After each line: a run that is ended from outside has not lost what it measured.
+    assert [len(one["lines"]) for one in kept] == [1, 2] and [one.name for one in tmp_path.iterdir()] == ["train_at_scale.json"]
     assert failed["failed"] == "MemoryError: out of memory" and row["finite"] and row["mfu"] > 0
     assert (row["rows"], row["length"], row["student_lanes"], row["teacher_lanes"]) == (1, 80, 80, 80)
     layers, adapter = 2 * (4 * 32 * 32 + 3 * 32 * 64), 2 * 4 * (4 * 64 + 3 * 96)
