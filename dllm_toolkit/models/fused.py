@@ -104,6 +104,12 @@ def in_parts(one: nn.Module, x: Tensor) -> Tensor:
     return one(x).unsqueeze(0) if count == 1 else parts.by_parts(x, one.weight, count)  # type: ignore[arg-type]
 
 
+def no_parts(one: nn.Module, x: Tensor) -> Tensor:
+    """Zeros in the form of `in_parts` of a map that gives tensors like x."""
+    count = _parts(one, x)
+    return x.new_zeros(count, *x.shape, dtype=x.dtype if count == 1 else torch.promote_types(x.dtype, torch.float32))
+
+
 def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of such terms, in the type of the stream."""
     return terms.squeeze(0) if terms.shape[0] == 1 else terms.sum(0).to(dtype)
