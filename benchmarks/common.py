@@ -78,7 +78,7 @@ def finish(
     whole = _described(name, result, options, device)
     if options.save is not None:
         path = Path(options.save) / f"{name}{f'-{variant}' if variant else ''}.json"
-        os.replace(_written(path.with_suffix(".partial"), whole), path)  # a run that dies here leaves the last result
+        os.replace(_written(path.with_suffix(".partial"), whole), path)
         print(f"kept in {path}", file=sys.stderr)
     print(json.dumps(whole), flush=True)
     return whole
@@ -107,5 +107,7 @@ def _described(name: str, result: dict[str, Any], options: argparse.Namespace, d
 
 def _written(path: Path, whole: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".writing")
+    unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)  # a run that dies here leaves what there was
     return path

@@ -266,6 +266,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         attention, decoder, cache = settings(options)[key]
         result["long"][key] = attempt(partial(generation, model, attention, decoder, cache, long, 1), device)
         print(f"long {key:25} {result['long'][key]}", file=sys.stderr, flush=True)
+        keep_so_far("decode_speed", result, options, device, options.weights)
     return finish("decode_speed", result, options, device, options.weights)
 
 

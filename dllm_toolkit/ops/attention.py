@@ -1,8 +1,8 @@
 """Attention of few lanes over many keys, by the way that is fastest there.
 
-A decoding step has 16 to 128 query lanes. There two batched products with a softmax between them, which a compiler fuses, beat the kernels
-of the library, whose tiles are made for long sequences; a kernel of our own is in ops/attention_triton.py. All are measured in
-benchmarks/attention_speed.py.
+A decoding step has 16 to 128 query lanes. There a kernel of our own (ops/attention_triton.py), which reads keys and values once, is
+fastest. Where Triton is missing or heads do not fit it, two batched products with a softmax between them, which a compiler fuses, beat the
+kernels of the library in one row: its tiles are made for long sequences. All are measured in benchmarks/attention_speed.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def way_for(q: Float[Tensor, "B H W D"], allow: Bool[Tensor, "B 1 W S"] | None) 
     if allow is None or not q.is_cuda or not torch.compiler.is_compiling() or q.shape[2] > MOST_LANES:
         return None
     size = q.shape[3]
-    trained = torch.is_grad_enabled() and q.requires_grad  # the kernel has no backward
-    if BEST == "triton" and 16 <= size <= 256 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
+    trained = torch.is_grad_enabled()  # the kernel has no backward
+    # Longer heads do not fit the shared memory of smaller GPUs.
+    if BEST == "triton" and 16 <= size <= 128 and size & (size - 1) == 0 and q.dtype != torch.float64 and not trained:
         return "triton"
     # Only one row: with several, keys [B, S, H, D] are no single batch of matrices, and a product would copy them.
     return "products" if q.shape[0] == 1 else None

@@ -1,4 +1,4 @@
-"""One Triton kernel for few query lanes against a K/V buffer under a mask of any shape. Optional: ops/attention.py has the same formula.
+"""One Triton kernel for few query lanes against a K/V buffer under a mask of any shape. ops/attention.py has the same formula in PyTorch.
 
     out[b, w, h] = softmax_s(q[b, w, h] . k[b, s, g] / sqrt D  where allow[b, w, s]) v[b, s, g]          g = h // (H / G)
 
@@ -135,9 +135,10 @@ def _kernel(
     mass = tl.zeros((BLOCK_W,), tl.float32)
     mixed = tl.zeros((BLOCK_W, SIZE), tl.float32)
     queries = tl.zeros((BLOCK_W, SIZE), q.dtype.element_ty)
+    whole = slots // BLOCK_S * BLOCK_S if TAIL > 0 else slots  # the last part's blocks may reach into the tail, which is added apart
     for start in range(0, part, BLOCK_S):
         s = cut * part + start + tl.arange(0, BLOCK_S)
-        there = s < slots
+        there = s < whole
         seen = tl.load(allow + s[None, :], mask=live[:, None] & there[None, :], other=0)
         if SKIP < 2:
             keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
@@ -203,10 +204,19 @@ def attend(
     """q [B, H, W, D], k and v [B, G, S, D], any of them views of [B, W or S, heads, D]; allow [B, 1, W, S], something for every lane.
 
     Returns [B, H, W, D], a view of [B, W, H, D]. D is a power of two, 16 or more. cos, sin [B, W, D]: the queries are rotated first, as
-    `rotate` does it; the first halves are read, the second are the same. tiling None: `tiling_for`.
+    `rotate` does it; the first halves are read, the second are the same. tiling None: `tiling_for`. Raises ValueError for other shapes of
+    the mask and the angles, which the kernel would read past, and for tensors that are not dense in their last dimension.
     """
     rows, heads, width, size = q.shape
     groups, slots = k.shape[1], k.shape[2]
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin come together, got one of them. Write both, or neither for queries that are rotated.")
+    if allow.shape != (rows, 1, width, slots) or (cos is not None and cos.shape != (rows, width, size)):
+        angles = None if cos is None else tuple(cos.shape)
+        raise ValueError(
+            f"allow must be [B, 1, W, S] and cos, sin [B, W, D], got {tuple(allow.shape)} and {angles} for queries {tuple(q.shape)} and "
+            f"{slots} slots. Write allow.expand(...): rows may share their memory."
+        )
     chosen = tiling_for(rows * heads, width, slots, size, q.element_size()) if tiling is None else tiling
     blocks, tail = slots // chosen.slots, slots % chosen.slots
     if blocks == 0 or tail > chosen.slots // 2:
@@ -222,10 +232,15 @@ def attend(
     rotated = cos is not None and sin is not None
     cos, sin = (cos, sin) if cos is not None and sin is not None else (q[:, 0], q[:, 0])  # not read
     if cos.stride() != sin.stride():
-        raise ValueError(f"cos and sin must lie alike, got strides {cos.stride()} and {sin.stride()}. One place is read in both.")
+        raise ValueError(
+            f"cos and sin must lie alike, got strides {cos.stride()} and {sin.stride()}. One place is read in both. Write cos.contiguous()."
+        )
     for name, one in (("q", q), ("k", k), ("v", v), ("allow", seen), ("cos", cos)):
         if one.stride(-1) != 1:
-            raise ValueError(f"{name} must be dense in its last dimension, got strides {one.stride()}. The kernel reads whole rows.")
+            raise ValueError(
+                f"{name} must be dense in its last dimension, got strides {one.stride()}. The kernel reads whole rows. "
+                f"Write {name}.contiguous()."
+            )
     options: dict[str, Any] = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     _kernel[rows * heads, -(-width // chosen.lanes), parts](  # type: ignore[index]  # what the decorator makes of it takes a grid
         q, k, v, seen, cos, sin, made, top, total, width, slots, several * chosen.slots,

@@ -153,7 +153,7 @@ class DecodeWhileTraining(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = trainer.global_step
-        if self.stop_at is not None and trainer.global_step and trainer.is_global_zero:
+        if self.stop_at is not None and trainer.global_step:
             assert isinstance(pl_module, DiffusionModule)
             self.report(trainer, pl_module, trainer.global_step)  # a run that was ended by this is started again
 

@@ -52,7 +52,8 @@ class ForwardError(ToolkitError):
 class Forward:
     """How to compute a training pass.
 
-    attention: `flex` (tiles), `dense` (a mask of L x L), or `auto`: flex where it is compiled, on a CUDA device, else dense. checkpoint:
+    attention: `flex` (tiles), `dense` (a mask of L x L), or `auto`: flex where it is compiled, on a CUDA device, for heads of 16
+    dimensions or more, else dense. checkpoint:
     what is kept for the backward pass. compile: one graph for all layers and one for the loss of a chunk (the trainer's `compile`
     switches it on). chunk: rows of logits at a time; by default as many as make 64 million logits.
     """

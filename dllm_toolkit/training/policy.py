@@ -62,7 +62,8 @@ class PolicyGradient:
 
     clip, beta: e and beta of the formula above; penalty: the k3 term looks at the policy at the start of training (`reference`) or at
     the one that sampled (`old`). updates: optimiser steps on the same rollouts. sync_every: the reference becomes the present policy
-    every so many iterations. baseline, scale, negative: see `advantages`. after_end: tokens behind the first end of text learn too.
+    every so many iterations. baseline, scale, negative: see `advantages`; with negative 0 the worse answers are no rows of the batch any
+    more, so shares are of the better ones. after_end: tokens behind the first end of text learn too.
     share: what a token's loss is divided by, so that all shares add up to 1.
 
         tokens     all counted tokens of the batch: long answers count more

@@ -174,7 +174,8 @@ def advantages(
 
 
 def collect(model: Any, pool: Pool, chosen: Sequence[int], built: PolicyRecipe, seed: int) -> tuple[Rollouts, dict[str, float]]:
-    """Sample a group of answers to each chosen problem and keep the groups that teach something; rows of a group stand together.
+    """Sample a group of answers to each chosen problem and keep the groups that teach something; rows of a group stand together. With
+    policy.negative 0 only the better answers of these groups are kept.
 
     Returns the rollouts (no rows, if no group does) and what happened: mean reward, shares right and exact, the share of groups that teach,
     and how many were left out and why. Row r of the call decodes with a seed made of (seed, r).

@@ -138,7 +138,7 @@ def test_attention_of_few_lanes(way: str, sizes: tuple[int, ...], dtype: torch.d
 
 
 @pytest.mark.skipif(not attention.has_triton(), reason="needs Triton")
-@pytest.mark.parametrize("tile", [(64, 4, 128, 8, 2), (64, 1, 64, 8, 4), (32, 2, 32, 4, 4), (16, 8, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(64, 4, 128, 8, 2), (64, 3, 32, 4, 4), (64, 1, 64, 8, 4), (32, 2, 32, 4, 4), (16, 8, 64, 4, 1)], ids=str)
 @pytest.mark.parametrize("skip", ["nothing", "tail", "blocks"])
 def test_attention_of_few_lanes_however_the_work_is_cut(tile: tuple[int, ...], skip: Any) -> None:
     from dllm_toolkit.ops.attention_triton import Tiling, attend

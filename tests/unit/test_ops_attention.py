@@ -69,6 +69,7 @@ def test_only_the_kernel_rotates() -> None:
         ((2, 2, 2, 5, 70, 16), (16, 1, 64)),  # one part
         ((1, 2, 2, 16, 118, 64), (16, 3, 32)),  # what is nearly a block
         ((1, 1, 1, 16, 40, 16), (64, 4, 64)),  # less than a block
+        ((1, 2, 1, 16, 176, 32), (16, 3, 32)),  # parts that do not divide the blocks: the last one would reach into the tail
     ],
     ids=str,
 )
@@ -91,6 +92,21 @@ def test_the_kernel_interpreted(sizes: tuple[int, ...], tile: tuple[int, ...], s
     made = attend(turned, k, v, allow, tiling=tiling)
     assert (made.double() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(attend(q.transpose(1, 2), k, v, allow, angle.cos(), angle.sin(), tiling), made)
+
+
+@interpreted
+def test_what_the_kernel_would_read_past_is_refused() -> None:
+    from dllm_toolkit.ops.attention_triton import attend
+
+    q, allow, angle = torch.randn(2, 1, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.bool), torch.ones(2, 16, 16)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "allow.expand": (allow[:1],),
+        "cos, sin": (allow, angle[:1], angle[:1]),
+        "come together": (allow, angle),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            attend(q, q, q, *arguments)
 
 
 @interpreted
