@@ -142,18 +142,20 @@ class Forward:
         return divergence_rows(student, teacher, _head(model), which, temperature, chunk=chunk, compile=self.compile)
 
     def _flex(self, model: Transformer, device: torch.device) -> bool:
-        on_gpu, size = device.type == "cuda", model.config.head_dim or 0
+        on_gpu = device.type == "cuda"
         if self.attention == "flex" and not on_gpu and torch.is_grad_enabled():
             raise ForwardError(
                 f"flex attention has no backward pass on {device.type}, got attention: flex. Only CUDA devices have that kernel. "
                 "Write attention: auto, which is dense there."
             )
-        if self.attention == "flex" and on_gpu and size < LEAST_HEAD:
+        chosen = self.attention == "flex" or (self.attention == "auto" and self.compile and on_gpu)
+        fits = not (chosen and on_gpu) or (model.config.head_dim or 0) >= LEAST_HEAD
+        if self.attention == "flex" and not fits:
             raise ForwardError(
                 f"flex attention on CUDA needs heads of at least {LEAST_HEAD} dimensions, got attention: flex and a model with heads of "
-                f"{size}. Write attention: auto, which is dense there."
+                f"{model.config.head_dim}. Write attention: auto, which is dense there."
             )
-        return self.attention == "flex" or (self.attention == "auto" and self.compile and on_gpu and size >= LEAST_HEAD)
+        return chosen and fits
 
 
 def _head(model: Transformer) -> Tensor:

@@ -150,7 +150,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     elif root is PolicyRecipe:  # an untrained model solves nothing: what comes before and after learning runs, and says so
         command = ["train", str(path), *TRAIN_POLICY, f"output={output}"]
     else:
-        tiny = TINY if tree["model"]["_component_"] == "fresh" else ()
+        tiny = TINY if tree["model"]["_component_"] == "fresh" else (f"model={FRESH}",) if tree["model"]["path"].startswith("runs/") else ()
         tiny = self_distilled(tree, output) if tree["data"]["_component_"] == "recorded" else tiny
         if tree["data"]["_component_"] == "pairs":
             tiny = own_pairs(tmp_path / "data")
