@@ -14,15 +14,15 @@ A step attends from W lanes to S slots under a dense mask that differs from row 
     products    two batched products and a softmax, compiled
     triton      our own kernel (ops/attention_triton.py), where Triton is installed
     flex        flex_attention, compiled, the mask read from a tensor
-    64x4        that kernel with its work cut in a way of your own (`--tiles`), such as 64x4 or 64x4x128x8x2xtail: lanes of a tile, parts
-                of the slots at most; and, if given, slots of a block, warps, stages, what is skipped unseen (nothing, tail, blocks)
+    64x4        that kernel with its work cut in a way of your own (`--tiles`), such as 64x4 or 64x4x128x8x2: lanes of a tile, parts of
+                the slots at most; and, if given, slots of a block, warps, stages
     unmasked    scaled_dot_product_attention without a mask: the price of masking
 
 The floor is the bytes of keys, values and mask over the bandwidth of a plain copy. Prints the machine, a table, and one JSON line.
 
-`--tune` measures some forty tilings of our own kernel instead, sorted by time, launched directly and never compiled by PyTorch. The kernel
+`--tune` measures some thirty tilings of our own kernel instead, sorted by time, launched directly and never compiled by PyTorch. The kernel
 rotates the queries then (`rotate+`); the five fastest are measured without that too. What does not run or is wrong has its reason in the
-table. As in a decode, the last `--padding` slots are seen by dead lanes only, of which there are `--dead`.
+table.
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ def tiling_of(text: str) -> Any:
     from dllm_toolkit.ops.attention_triton import Tiling
 
     numbers = text.split("x")
-    skip = [numbers.pop()] if not numbers[-1].isdigit() else []
     if not 2 <= len(numbers) <= 5 or not all(one.isdigit() for one in numbers):
-        raise SystemExit(f"a tiling is LANESxPARTS[xSLOTS[xWARPS[xSTAGES]]][xSKIP], got {text}. Write 64x4, or 64x4x128x8x2xtail.")
+        raise SystemExit(f"a tiling is LANESxPARTS[xSLOTS[xWARPS[xSTAGES]]], got {text}. Write 64x4, or 64x4x128x8x2.")
     try:
-        return Tiling(*map(int, numbers), **({"skip": skip[0]} if skip else {}))  # type: ignore[arg-type]
+        return Tiling(*map(int, numbers))
     except ValueError as error:
         raise SystemExit(f"{text}: {error}") from None
 
@@ -138,7 +137,7 @@ def grid(lanes: int, batch: int, heads: int) -> list[str]:
     found += [f"{wide}x1x64x4x4", f"{wide}x1x64x8x4", f"{wide}x4x128x4x2", f"{wide}x4x32x4x5"]
     if narrow is not None:
         found += [f"{narrow}x{parts}x64x4x{stages}" for parts in (1, 2, 4) for stages in (3, 4)]
-    return found + [f"{wide}x4x64x4x3x{skip}" for skip in ("tail", "blocks")] + [f"{wide}x8x64x4x2xblocks", f"{wide}x4x128x8x2xtail"]
+    return found
 
 
 def tune(options: argparse.Namespace, device: torch.device, batch: int, slots: int, lanes: int) -> dict[str, Any]:
@@ -153,11 +152,7 @@ def tune(options: argparse.Namespace, device: torch.device, batch: int, slots: i
     shape = (batch, slots, heads, size)
     stores = [tuple(torch.randn(shape, device=device).to(dtype).transpose(1, 2) for _ in range(2)) for _ in range(options.layers)]
     allow = torch.rand(batch, 1, lanes, slots, device=device) > 0.3
-    allow[..., slots - options.padding :] = False
     allow[..., 0] = True
-    if options.dead:
-        allow[:, :, lanes - options.dead :] = False
-        allow[:, :, lanes - options.dead :, slots - options.padding] = True
     angle = torch.rand(batch, lanes, size // 2, device=device) * 6
     cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
     turned = rotate(q.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
@@ -193,7 +188,7 @@ def tune(options: argparse.Namespace, device: torch.device, batch: int, slots: i
     for name in sorted(spent, key=lambda one: spent[one])[:5]:
         measured(name.removeprefix("rotate+"), False)
     ordered = dict(sorted(spent.items(), key=lambda one: one[1]))
-    return {"batch": batch, "slots": slots, "lanes": lanes, "dead": options.dead, "us_a_layer": ordered, "failed": failed}
+    return {"batch": batch, "slots": slots, "lanes": lanes, "us_a_layer": ordered, "failed": failed}
 
 
 def tuned(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -202,9 +197,6 @@ def tuned(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         raise SystemExit("Triton is not installed, and --tune measures its kernel. It comes with PyTorch's builds for CUDA.")
     rows = []
     for batch, slots, lanes in product(options.batch, options.slots, options.lanes):
-        if not 0 <= options.dead < lanes or not 0 < options.padding < slots:
-            got = f"{options.dead} of {lanes} lanes and {options.padding} of {slots} slots"
-            raise SystemExit(f"--dead must leave a lane, --padding some slots and take one, got {got}. Write --dead 0 --padding 16.")
         rows.append(tune(options, device, batch, slots, lanes))
         print(f"batch {batch}, {slots} slots, {lanes} lanes: us a layer", file=sys.stderr)
         for name, value in (*rows[-1]["us_a_layer"].items(), *rows[-1]["failed"].items()):
@@ -222,8 +214,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tiles", nargs="*", default=[], metavar="TILING", help="of our own kernel, such as 64x4 or 64x4x128x8x2xtail")
     parser.add_argument("--tune", action="store_true", help="measure tilings of our own kernel (those of --tiles, if any) and nothing else")
-    parser.add_argument("--padding", type=int, default=16, help="of --tune: slots at the end that only dead lanes see")
-    parser.add_argument("--dead", type=int, default=0, help="of --tune: dead lanes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)
     save_option(parser)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-not-found]  # PyTorch brings it for CUDA only
@@ -25,9 +25,6 @@ from torch import Tensor
 
 PROGRAMS = 132  # one for each multiprocessor of an H100 or H200
 NARROW, WIDE = 16, 64  # lanes of the smallest and of the largest tile; no block of slots is shorter than NARROW either
-
-Skip = Literal["nothing", "tail", "blocks"]
-"""What is left out where no lane of a tile sees it: the short block at the end, or any. Its keys then wait for the mask."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,6 @@ class Tiling:
     slots: int = 64
     warps: int = 4
     stages: int = 3
-    skip: Skip = "nothing"
 
     def __post_init__(self) -> None:
         for name, value, least in (("lanes", self.lanes, NARROW), ("slots", self.slots, NARROW), ("warps", self.warps, 1)):
@@ -50,8 +46,6 @@ class Tiling:
                 raise ValueError(f"{name} of a tiling must be a power of two from {least} on, got {value}. Write {name}: {4 * least}.")
         if self.parts < 1 or self.stages < 1:
             raise ValueError(f"parts and stages of a tiling must be 1 or more, got {self.parts} and {self.stages}. Write 1.")
-        if self.skip not in get_args(Skip):
-            raise ValueError(f"unknown skip of a tiling, got {self.skip!r}. Write one of {', '.join(get_args(Skip))}.")
 
 
 def tiling_for(heads: int, width: int, slots: int, size: int, bytes_each: int = 2) -> Tiling:
@@ -108,19 +102,14 @@ def _add(queries, keys, values, seen, best, mass, mixed, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _anyone(seen):
-    return tl.max(tl.max((seen != 0).to(tl.int32), 1), 0) > 0
-
-
-@triton.jit
 def _kernel(
     q, k, v, allow, cos, sin, out, top, total,
     width, slots, part,
     q_row, q_lane, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, allow_row, allow_lane, angle_row, angle_lane,
     HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip  # no annotations: Triton reads them as types
-    """part: slots of a part, whole blocks. TAIL: of the short block behind them all, or 0. SKIP: 1 it where nobody sees it, 2 any block."""
+    """part: slots of a part, whole blocks. TAIL: of the short block behind them all, or 0."""
     row, head, cut = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS, tl.program_id(2)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     d = tl.arange(0, SIZE)
@@ -140,29 +129,18 @@ def _kernel(
         s = cut * part + start + tl.arange(0, BLOCK_S)
         there = s < whole
         seen = tl.load(allow + s[None, :], mask=live[:, None] & there[None, :], other=0)
-        if SKIP < 2:
-            keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
+        keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
         if start == 0:  # in here: the loop's first keys are asked for before it begins, but after all that is above it has arrived
             if TAIL > 0:
                 rest = slots // BLOCK_S * BLOCK_S + tl.arange(0, TAIL)
                 mine = (rest < slots) & (cut == PARTS - 1)
-                if SKIP == 0:
-                    keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
+                keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
             queries = _queries(q, cos, sin, w * q_lane, w * angle_lane, live, SIZE, ROTATE)
             if TAIL > 0:
                 seen_rest = tl.load(allow + rest[None, :], mask=live[:, None] & mine[None, :], other=0)
-                if SKIP == 0:
-                    if cut == PARTS - 1:
-                        best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
-                elif _anyone(seen_rest):
-                    keys_rest, values_rest = _fetch(k, v, rest, mine, d, k_slot, v_slot)
+                if cut == PARTS - 1:
                     best, mass, mixed = _add(queries, keys_rest, values_rest, seen_rest, best, mass, mixed, SCALE)
-        if SKIP == 2:
-            if _anyone(seen):
-                keys, values = _fetch(k, v, s, there, d, k_slot, v_slot)
-                best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
-        else:
-            best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
+        best, mass, mixed = _add(queries, keys, values, seen, best, mass, mixed, SCALE)
     if PARTS == 1:
         mixed = mixed / mass[:, None]
     place = (cut * (tl.num_programs(0) // HEADS) + row) * width + w  # [parts, B, W]
@@ -247,7 +225,7 @@ def attend(
         q.stride(0), q.stride(2), q.stride(1), k.stride(0), k.stride(2), k.stride(1), v.stride(0), v.stride(2), v.stride(1),
         seen.stride(0), seen.stride(1), cos.stride(0), cos.stride(1),
         HEADS=heads, SHARED=heads // groups, SIZE=size, PARTS=parts, TAIL=tail, BLOCK_W=chosen.lanes, BLOCK_S=chosen.slots,
-        SCALE=1 / math.sqrt(size), ROTATE=rotated, SKIP=get_args(Skip).index(chosen.skip), **options,
+        SCALE=1 / math.sqrt(size), ROTATE=rotated, **options,
     )  # fmt: skip
     if parts == 1:
         return made[0].transpose(1, 2)

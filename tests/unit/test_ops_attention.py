@@ -61,7 +61,6 @@ def test_only_the_kernel_rotates() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("skip", ["nothing", "tail", "blocks"])
 @pytest.mark.parametrize(
     ("sizes", "tile"),
     [
@@ -74,11 +73,11 @@ def test_only_the_kernel_rotates() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernel_interpreted(sizes: tuple[int, ...], tile: tuple[int, ...], skip: Any, dtype: torch.dtype) -> None:
+def test_the_kernel_interpreted(sizes: tuple[int, ...], tile: tuple[int, ...], dtype: torch.dtype) -> None:
     from dllm_toolkit.ops.attention_triton import Tiling, attend
 
     rows, heads, groups, width, slots, size = sizes
-    tiling = Tiling(*tile, skip=skip)
+    tiling = Tiling(*tile)
     q = torch.randn(rows, width, 3 * heads * size).to(dtype)[..., : heads * size].view(rows, width, heads, size)
     k, v = (torch.randn(rows, slots, groups, size).to(dtype).transpose(1, 2) for _ in range(2))
     allow = torch.rand(rows, 1, width, slots) > 0.5
@@ -117,5 +116,3 @@ def test_tilings_that_no_program_can_have() -> None:
     for name, given in wrong.items():
         with pytest.raises(ValueError, match=name):
             Tiling(*given)
-    with pytest.raises(ValueError, match="tail"):
-        Tiling(16, 1, skip="some")  # type: ignore[arg-type]
