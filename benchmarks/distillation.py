@@ -55,10 +55,9 @@ def comparison(recipe: str, home: Path, output: Path, smoke: bool) -> list[str]:
     for name, model in models.items():
         if name != "teacher":
             made.append(f"models.{name}.{'adapter' if 'adapter' in model else 'path'}={home / name / 'model'}")
+            made += [f"models.{name}.path={home / 'sft' / 'model'}"] if smoke and "adapter" in model else []
     size = "task.size=2" if recipe == "distillation" else "task.task.size=1"
-    return (
-        [*made, "models.teacher=" + tiny({}), f"models.d2f.path={home / 'sft' / 'model'}", size, "run.max_new_tokens=8"] if smoke else made
-    )
+    return [*made, "models.teacher=" + tiny({}), size, "run.max_new_tokens=8"] if smoke else made
 
 
 def shared(made: list[str], smoke: bool) -> list[str]:
