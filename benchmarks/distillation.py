@@ -106,10 +106,13 @@ def main() -> int:
     seconds, failed = run_all(options.only, home, 2 if options.smoke else options.at_once, options.smoke)
     if not failed and len(options.only) == len(every):
         began = time.monotonic()
-        made, outputs = 0, (runs / "distillation", runs / "distillation_samples")
-        for output in outputs:
-            compare = shared(comparison(output.name, home, output, options.smoke), options.smoke)
-            made = made or subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        outputs = (runs / "distillation", runs / "distillation_samples")
+        # At once: decoding with a small model waits for its launches, so two processes on a GPU hardly slow each other.
+        compared = [
+            subprocess.Popen(shared(comparison(one.name, home, one, options.smoke), options.smoke), cwd=ROOT, stdout=subprocess.DEVNULL)
+            for one in outputs
+        ]
+        made = any([one.wait() for one in compared])
         seconds["comparison"] = round(time.monotonic() - began, 1)
         write = [sys.executable, "-m", "dllm_toolkit.evaluation.distillation_page", str(outputs[0]), str(page), str(home), str(outputs[1])]
         failed += ["comparison"] if made else ["page"] if subprocess.run(write, cwd=ROOT).returncode else []
