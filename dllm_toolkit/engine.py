@@ -19,7 +19,6 @@ The second form, and the shadows of a canvas (positions that are asked anew, the
 from __future__ import annotations
 
 import functools
-import time
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -278,7 +277,7 @@ class Engine:
             width, flat, apart = rounds.shape_of(counts[2:-1], self.widths)
             if apart:
                 part = Part.of(state, region, seen)
-                alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec)) for row in apart]
+                alone = [(row, self._alone(part.row(row), counts[2 + row], reads, row, spec).clone()) for row in apart]
                 left = part.without(apart)
         name = ("forward", id(kv), width, reads, flat, left is None)
         unit = self._space.units.get(name)
@@ -299,15 +298,26 @@ class Engine:
         return answer
 
     def _alone(self, part: Part, count: int, reads: int, row: int, spec: ModelSpec) -> Tensor:
-        """A forward of one row, which alone would make the others' wide. Not recorded: that many lanes hide the launches."""
-        kv, width = self.kv, self._widths(count, 0, part.tokens.shape[1])[0]
-        query, _ = rounds.prepare(spec, width, reads, kv.slots, part)
-        clock = time.perf_counter()
-        logits = self._forward(query, kv.row(row))
-        if ("alone", width, reads) not in self._space.units:  # compiled just now
-            self._space.units["alone", width, reads] = self._forward
-            self._pool.seconds += time.perf_counter() - clock
-        return logits
+        """A forward of one row, which alone would make the others' wide. The next one overwrites its logits [1, R, V].
+
+        One graph serves all rows: the row is copied into a buffer of its own and back, which costs little beside so many lanes.
+        """
+        kv, slots, width = self.kv, self.kv.slots, self._widths(count, 0, part.tokens.shape[1])[0]
+        name = ("alone", id(kv), width, reads)
+        unit = self._space.units.get(name)
+        if unit is None:
+            single, run = self._space.one_row(self.model.buffer), self._forward
+            prepare = torch.compile(rounds.prepare, fullgraph=True, dynamic=False)
+
+            def forward(part: Part, row: Tensor) -> Tensor:
+                single.take_row(kv, row)
+                query, _ = prepare(spec, width, reads, slots, part)
+                logits = run(query, single)
+                single.give_row(kv, row)
+                return logits
+
+            unit = self._space.unit(name, forward, compiled=False)
+        return unit(part, torch.full((1,), row, device=part.tokens.device))  # a fill, where a copy from the host would wait
 
     def _spread(self, state: State, region: Region, seen: Look, counts: list[int]) -> Answer:
         """A forward over several canvases of a row, or over a canvas and its shadows."""

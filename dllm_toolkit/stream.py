@@ -25,6 +25,7 @@ from dllm_toolkit.decode import (
     Template,
     _device,
     _limit,
+    _synchronise,
     _templates,
     answer_lengths,
     check_prompts,
@@ -69,6 +70,17 @@ class _Request:
     limit: int
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A stream before its first step: the first state holds the first requests, a row each."""
+
+    model: Model
+    decoder: Decoder
+    engine: Engine
+    state: State
+    requests: list[_Request]
+
+
 def decode_stream(
     model: Model,
     decoder: Decoder,
@@ -89,14 +101,12 @@ def decode_stream(
     callback: called with the state of the present rows after every step. Raises DecodeError as `decode` does, and for a decoder with
     branches or a model that remembers something between forwards.
     """
+    begun = _begin(model, decoder, prompts, rows, max_new_tokens, templates, cache, seed, max_steps, compile)
+    _synchronise(begun.state)
     clock = time.perf_counter()
-    found = list(
-        stream(
-            model, decoder, prompts, rows=rows, max_new_tokens=max_new_tokens, templates=templates, cache=cache, seed=seed,
-            max_steps=max_steps, compile=compile, callback=callback, throw=throw,
-        )
-    )  # fmt: skip
-    seconds = time.perf_counter() - clock
+    found = list(_run(begun, callback, throw))
+    _synchronise(begun.state)
+    seconds, warm_up = time.perf_counter() - clock, begun.engine.warm_up
     found.sort(key=lambda answer: answer.prompt)
     device = found[0].canvas.device
     return Output(
@@ -114,7 +124,8 @@ def decode_stream(
             forced=[one.forced for one in found],
             edits=[one.edits for one in found],
             computed=[float(one.lanes) for one in found],
-            seconds=seconds,
+            seconds=max(seconds - warm_up, 0.0),
+            warm_up=warm_up,
         ),
     )
 
@@ -138,6 +149,22 @@ def stream(
 
     max_steps: of each prompt. A prompt that reaches it ends there, or raises DecodeError if `throw`; answers before it have been given.
     """
+    return _run(_begin(model, decoder, prompts, rows, max_new_tokens, templates, cache, seed, max_steps, compile), callback, throw)
+
+
+def _begin(
+    model: Model,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    rows: int,
+    max_new_tokens: int | Sequence[int] | None,
+    templates: Sequence[Template] | None,
+    cache: Cache | None,
+    seed: int | Sequence[int],
+    max_steps: int | None,
+    compile: bool,
+) -> _Begun:
+    """Arguments checked, engine made. Raises DecodeError."""
     if not isinstance(rows, int) or rows < 1:
         raise DecodeError(f"rows must be 1 or more, got {rows!r}. So many prompts are decoded at once. Write rows: 16.")
     cache = NoCache() if cache is None else cache
@@ -165,19 +192,11 @@ def stream(
             f"rows of this model cannot begin anew beside others, got a wrapper that remembers {', '.join(engine.kv.notes)}. Its memory "
             "is of the row that was there. Use decode() in batches."
         )
-    return _run(model, decoder, engine, state, requests, length, callback, throw)
+    return _Begun(model, decoder, engine, state, requests)
 
 
-def _run(
-    model: Model,
-    decoder: Decoder,
-    engine: Engine,
-    state: State,
-    requests: list[_Request],
-    length: int,
-    callback: Callable[[State], None] | None,
-    throw: bool,
-) -> Iterator[Answer]:
+def _run(begun: _Begun, callback: Callable[[State], None] | None, throw: bool) -> Iterator[Answer]:
+    decoder, engine, state, requests = begun.decoder, begun.engine, begun.state, begun.requests
     count = state.tokens.shape[0]
     here: list[_Request | None] = list(requests[:count])
     waiting = iter(requests[count:])
@@ -193,12 +212,12 @@ def _run(
             ended = [row for row, request in enumerate(here) if request is not None and (done[row] or late[row])]
             if not ended:
                 continue
-            finished = [_answer(state, engine, row, request) for row in ended if (request := here[row]) is not None]
+            finished = _answers(state, engine, [(row, request) for row in ended if (request := here[row]) is not None])
             for row in ended:
                 here[row] = next(waiting, None)
-            begun = [row for row in ended if here[row] is not None]
-            if begun:
-                state = _refill(decoder, engine, state, here, begun, length, model)
+            anew = {row: request for row in ended if (request := here[row]) is not None}
+            if anew:
+                state = _refill(begun, state, anew)
         yield from finished
 
 
@@ -208,20 +227,15 @@ def _first(decoder: Decoder, requests: Sequence[_Request], length: int, model: M
     return decoder.init(begin_state(model.spec, rows, [one.seed for one in requests], length=length, device=_device(model)))
 
 
-def _refill(
-    decoder: Decoder, engine: Engine, state: State, here: Sequence[_Request | None], begun: Sequence[int], length: int, model: Model
-) -> State:
-    """The state with new requests in the rows `begun`; the engine forgets what was there."""
-    some = here[begun[0]]
-    assert some is not None
-    # As many rows as ever, so that what parts remember keeps its form; rows that go on are filled with anything.
-    others = [here[row] if row in begun else some for row in range(len(here))]
-    fresh = _first(decoder, [one for one in others if one is not None], length, model)
-    mask = torch.zeros(len(here), dtype=torch.bool)
-    mask[list(begun)] = True
-    mask = mask.to(state.tokens.device)
-    engine.restart(mask, fresh)
-    return state.replace_rows(mask, fresh)
+def _refill(begun: _Begun, state: State, anew: dict[int, _Request]) -> State:
+    """The state with new requests in these rows; the engine forgets what was there."""
+    # As many rows as ever, so that what parts remember keeps its form; in rows that go on the shortest request is begun, and dropped.
+    count, length = state.tokens.shape
+    dropped = replace(next(iter(anew.values())), prompt=[begun.state.spec.pad_id], template=[None])
+    fresh = _first(begun.decoder, [anew.get(row, dropped) for row in range(count)], length, begun.model)
+    where = torch.tensor([row in anew for row in range(count)], device=state.tokens.device)
+    begun.engine.restart(where, fresh)
+    return state.replace_rows(where, fresh)
 
 
 def _cut(state: State, here: Sequence[_Request | None], late: Sequence[bool], throw: bool) -> State:
@@ -236,28 +250,30 @@ def _cut(state: State, here: Sequence[_Request | None], late: Sequence[bool], th
     return replace(state, done=state.done | over, result=torch.where(over, int(Result.MAX_STEPS), state.result)).fill()
 
 
-def _answer(state: State, engine: Engine, row: int, request: _Request) -> Answer:
-    begin = len(request.prompt)
-    born, fixed = state.born[row], state.fixed[row]
-    numbers = torch.stack(
-        (
-            state.end[row], state.result[row], engine.nfe[row], engine.lanes[row], state.step[row], ((born >= 0) & ~fixed).sum(),
-            state.forced[row], state.edits[row],
+def _answers(state: State, engine: Engine, ended: Sequence[tuple[int, _Request]]) -> list[Answer]:
+    """What the ended rows say, by one host read for all of them."""
+    commits = ((state.born >= 0) & ~state.fixed).sum(1)
+    account = (state.end, state.result, engine.nfe, engine.lanes, state.step, commits, state.forced, state.edits)
+    table = torch.cat((torch.stack(account, 1), state.tokens), 1).cpu()
+    answers = []
+    for row, request in ended:
+        begin = len(request.prompt)
+        (end, result, nfe, lanes, steps, counted, forced, edits), canvas = table[row, : len(account)].tolist(), table[row, len(account) :]
+        answers.append(
+            Answer(
+                prompt=request.number,
+                tokens=canvas[begin : begin + len(request.template)].tolist(),
+                canvas=state.tokens[row].clone(),
+                born=state.born[row].clone(),
+                begin=begin,
+                end=end,
+                result=Result(result),
+                nfe=nfe,
+                lanes=lanes,
+                steps=steps,
+                commits=counted,
+                forced=forced,
+                edits=edits,
+            )
         )
-    )  # fmt: skip
-    end, result, nfe, lanes, steps, commits, forced, edits = (int(one) for one in numbers.tolist())
-    return Answer(
-        prompt=request.number,
-        tokens=state.tokens[row, begin : begin + len(request.template)].tolist(),
-        canvas=state.tokens[row].clone(),
-        born=born.clone(),
-        begin=begin,
-        end=end,
-        result=Result(result),
-        nfe=nfe,
-        lanes=lanes,
-        steps=steps,
-        commits=commits,
-        forced=forced,
-        edits=edits,
-    )
+    return answers

@@ -21,11 +21,15 @@ MOST_RULES = 24  # functions of decoders in one of them; each holds its scratch 
 
 
 class Workspace:
-    """kv, pool, and functions by name, compiled and recorded. unused: buffers that a larger one replaced; graphs may read them."""
+    """kv, pool, and functions by name, compiled and recorded.
+
+    single: a buffer of one row, for forwards of one row. unused: buffers that a larger one replaced; graphs may read them.
+    """
 
     def __init__(self, kv: KVBuffer, pool: Pool) -> None:
         self.kv, self.pool = kv, pool
         self.units: dict[Hashable, Callable[..., Any]] = {}
+        self.single: KVBuffer | None = None
         self.unused: list[KVBuffer] = []
         self.busy = True
 
@@ -35,6 +39,13 @@ class Workspace:
         if found is None:
             found = self.units[name] = Replayed(function, self.pool, compiled=compiled, kept=_notes_of(weakref.ref(self)))
         return found
+
+    def one_row(self, buffer: Callable[[int, int], KVBuffer]) -> KVBuffer:
+        """`single` with as many slots as `kv`, made when it is first wanted. Graphs that were recorded on another one keep that."""
+        if self.single is None or self.single.slots != self.kv.slots:
+            with torch.inference_mode(False), torch.no_grad():  # as `kv` was made
+                self.single = buffer(1, self.kv.slots)
+        return self.single
 
     def again(self) -> None:
         """As if it were new, for another decode. What a mask hides is multiplied by 0, which is not enough for NaN."""

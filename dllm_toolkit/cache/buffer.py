@@ -73,14 +73,6 @@ class KVBuffer(nn.Module):
         """Slots of each row as indices into the flattened [B * S] buffers."""
         return (slots + self.base).flatten()
 
-    def row(self, row: int) -> KVBuffer:
-        """One row, in the same memory. Without notes."""
-        one = KVBuffer(1, 0, layers=1, kv_heads=1, head_dim=1, hidden_width=None, dtype=self.keys.dtype, device=self.keys.device)
-        one.slots = self.slots
-        one.keys, one.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
-        one.hidden = None if self.hidden is None else self.hidden[row : row + 1]
-        return one
-
     def layer(self, layer: int) -> LayerBuffer:
         """One layer's keys and values."""
         flat = self.rows * self.slots
@@ -100,6 +92,19 @@ class KVBuffer(nn.Module):
         for mine, theirs in self._pairs(other):
             mine[..., :slots, :].copy_(theirs[..., :slots, :])
 
+    def take_row(self, other: KVBuffer, row: Int[Tensor, "1"]) -> None:
+        """Become one row of another buffer with as many slots; this one has a single row. Notes stay where they are.
+
+        The row's number is a tensor, so that a recorded graph is good for every row.
+        """
+        for mine, theirs in self._by_row(other):
+            torch.index_select(theirs, 1, row, out=mine)
+
+    def give_row(self, other: KVBuffer, row: Int[Tensor, "1"]) -> None:
+        """Write this single row into another buffer: the way back."""
+        for mine, theirs in self._by_row(other):
+            theirs.index_copy_(1, row, mine)
+
     def move(self, source: Int[Tensor, "B W"], target: Int[Tensor, "B W"]) -> None:
         """Copy slots of each row onto other slots of it, in every layer."""
         copies = self.rows // source.shape[0]  # guidance keeps each row twice
@@ -115,9 +120,22 @@ class KVBuffer(nn.Module):
         for one, _ in self._pairs(self):
             one.copy_(one.index_select(0, index))
 
+    def _by_row(self, other: KVBuffer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys, values and hidden rows [layers, B, N] beside those of another buffer."""
+        yield _words(self.keys), _words(other.keys)
+        yield _words(self.values), _words(other.values)
+        if self.hidden is not None and other.hidden is not None:
+            yield _words(self.hidden.unsqueeze(0)), _words(other.hidden.unsqueeze(0))
+
     def _pairs(self, other: KVBuffer) -> Iterator[tuple[Tensor, Tensor]]:
         """The buffers [B, S, width] of every layer, and the hidden rows, beside those of another one."""
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             yield from zip(mine.flatten(3), theirs.flatten(3), strict=True)
         if self.hidden is not None and other.hidden is not None:
             yield self.hidden, other.hidden
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Rows [layers, B, ...] as [layers, B, N], of 8 bytes each where that goes: kernels that pick rows copy one element at a time."""
+    flat = rows.flatten(2)
+    return flat.view(torch.int64) if flat.shape[2] * flat.element_size() % 8 == 0 else flat

@@ -6,6 +6,7 @@ is used after it was overwritten gives another decode here too. Compilation is l
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dllm_toolkit.cache.buffer import KVBuffer
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache
 from dllm_toolkit.decode import Output, decode
 from dllm_toolkit.decoders.d2f import d2f
+from dllm_toolkit.engine import Engine
 from dllm_toolkit.stream import decode_stream
 from dllm_toolkit.testing import cases, contract
 from dllm_toolkit.testing.models import tiny_transformer
@@ -61,6 +63,7 @@ def test_rows_are_refilled_in_place() -> None:
     with graphs.emulated():
         replayed = decode_stream(model, decoder, prompts, compile=True, **arguments)
     same(replayed, decode_stream(model, decoder, prompts, **arguments))
+    assert replayed.stats.warm_up > 0 and replayed.stats.seconds > 0
 
 
 def test_copies_happen_as_if_at_once() -> None:
@@ -71,19 +74,75 @@ def test_copies_happen_as_if_at_once() -> None:
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_rows_that_are_wide_alone_go_first(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refilled row computes its prompt in a forward of its own; the account and the text stay those of one forward."""
+    """A refilled row computes its prompt in a forward of its own, from the same graph in every row; it leaves the others' keys alone.
+
+    Account and text stay those of the prompt alone, for a second stream through the graphs of the first, too.
+    """
     monkeypatch.setattr(rounds, "LANES_OF_A_FLOOR", 1)
     monkeypatch.setattr(rounds, "_coarse", lambda count: count)  # flat lanes, too
-    model = tiny_transformer(2, attention="block_causal", block_size=4, shift=shift)
-    prompts = [[one % 20 for one in range(first, first + size)] for first, size in ((1, 40), (2, 5), (3, 33), (4, 9), (5, 44))]
-    arguments: dict[str, Any] = {"max_new_tokens": 12, "cache": BlockCausalCache(), "rows": 3}
-    rows = []
-    taken = KVBuffer.row
-    monkeypatch.setattr(KVBuffer, "row", lambda kv, row: rows.append(row) or taken(kv, row))
-    with graphs.emulated():
-        replayed = decode_stream(model, d2f(block_length=4, threshold=0.5), prompts, compile=True, **arguments)
-    assert rows
-    same(replayed, decode_stream(model, d2f(block_length=4, threshold=0.5), prompts, **arguments))
+    model, decoder = tiny_transformer(2, attention="block_causal", block_size=4, shift=shift), d2f(block_length=4, threshold=0.5)
+    steps: list[list[int]] = []
+    ask, alone = Engine.ask, Engine._alone
+
+    def asked(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        steps.append([])
+        return ask(engine, *arguments, **options)
+
+    def watched(engine: Engine, part: Any, count: int, reads: int, row: int, spec: Any) -> Any:
+        held = [one for one in (engine.kv.keys, engine.kv.values, engine.kv.hidden) if one is not None]
+        before, others = [one.clone() for one in held], torch.arange(engine.kv.rows) != row
+        logits = alone(engine, part, count, reads, row, spec)
+        for one, old in zip(held, before, strict=True):
+            axis = 1 if one.ndim == 5 else 0  # [layers, B, S, H, D], hidden [B, S, width]
+            mine, its = one.movedim(axis, 0), old.movedim(axis, 0)
+            assert torch.equal(mine[others], its[others]) and not torch.equal(mine[row], its[row])
+        steps[-1].append(row)
+        return logits
+
+    monkeypatch.setattr(Engine, "ask", asked)
+    monkeypatch.setattr(Engine, "_alone", watched)
+
+    def recorded() -> dict[Any, int]:
+        spaces = [space for several in model.__dict__["_workspaces"].values() for space in several]
+        assert len(spaces) == 1
+        return {name: len(unit.recordings) for name, unit in spaces[0].units.items() if isinstance(unit, graphs.Replayed)}
+
+    seen = []
+    for first in (1, 7):
+        # The second and the third prompt end at once, and two long ones take their rows.
+        prompts = [[one % 20 for one in range(first, first + size)] for size in (40, 5, 5, 9, 50, 49, 25, 24, 44, 10, 23)]
+        arguments: dict[str, Any] = {"max_new_tokens": 12, "cache": BlockCausalCache()}
+        with graphs.emulated():
+            replayed = decode_stream(model, decoder, prompts, rows=4, compile=True, **arguments)
+        seen.append(recorded())
+        with monkeypatch.context() as eager:
+            eager.setattr(Engine, "ask", ask)
+            same(replayed, decode_stream(model, decoder, prompts, rows=1, **arguments))  # each alone
+    before, then = ({name: count for name, count in one.items() if name[0] == "alone"} for one in seen)
+    went = [row for rows in steps for row in rows]
+    assert before == then and set(before.values()) == {1} and len(before) == 2 < len(set(went)), "a graph for each width, whatever the row"
+    assert max(map(len, steps)) > 1, "several rows in a step"
+
+
+def test_a_row_visits_a_buffer_of_its_own() -> None:
+    """In bf16, whose rows are copied as words of 8 bytes, and with rows that are no whole number of them."""
+    for slots, width in ((6, 8), (5, 3)):
+        sizes: dict[str, Any] = {"layers": 2, "kv_heads": 1, "head_dim": width, "hidden_width": width, "device": "cpu"}
+        many, one = (KVBuffer(rows, slots, dtype=torch.bfloat16, **sizes) for rows in (3, 1))
+        for held in (many.keys, many.values, many.hidden):
+            assert held is not None
+            held.normal_()
+        before, row = copy.deepcopy(many), torch.tensor([1])
+        one.take_row(many, row)
+        assert one.hidden is not None and many.hidden is not None and before.hidden is not None
+        assert torch.equal(one.keys, many.keys[:, 1:2]) and torch.equal(one.values, many.values[:, 1:2])
+        assert torch.equal(one.hidden, many.hidden[1:2])
+        for held in (one.keys, one.values, one.hidden):
+            held.neg_()
+        one.give_row(many, row)
+        signs = torch.tensor([1, -1, 1]).view(-1, 1, 1)
+        assert torch.equal(many.keys, before.keys * signs.unsqueeze(3)) and torch.equal(many.values, before.values * signs.unsqueeze(3))
+        assert torch.equal(many.hidden, before.hidden * signs)
 
 
 def test_shapes_are_chosen_by_their_lanes() -> None:
