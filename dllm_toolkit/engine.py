@@ -347,7 +347,8 @@ class Engine:
         """At least so many scratch slots. Grows seldom, in powers of two; what stands in the slots of the canvas is copied."""
         if self.kv.slots - 1 - length < scratch:
             before = self.kv
-            self._space.kv = self.model.buffer(self.written.shape[0] // self.sheets, length + _bucket(scratch) + 1)
+            with torch.inference_mode(False), torch.no_grad():  # as the first one: the next decode takes it, too
+                self._space.kv = self.model.buffer(self.written.shape[0] // self.sheets, length + _bucket(scratch) + 1)
             self._space.kv.take(before, length)
             self._space.unused.append(before)  # graphs may be recorded on it; another buffer must not get its name
 

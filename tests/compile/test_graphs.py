@@ -81,12 +81,15 @@ def test_rows_that_are_wide_alone_go_first(shift: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(rounds, "LANES_OF_A_FLOOR", 1)
     monkeypatch.setattr(rounds, "_coarse", lambda count: count)  # flat lanes, too
     model, decoder = tiny_transformer(2, attention="block_causal", block_size=4, shift=shift), d2f(block_length=4, threshold=0.5)
-    steps: list[list[int]] = []
+    steps: list[list[int]] = []  # rows that went first
+    said: list[torch.Tensor] = []
     ask, alone = Engine.ask, Engine._alone
 
-    def asked(engine: Engine, *arguments: Any, **options: Any) -> Any:
+    def asked(engine: Engine, state: Any, *arguments: Any, **options: Any) -> Any:
         steps.append([])
-        return ask(engine, *arguments, **options)
+        answer = ask(engine, state, *arguments, **options)
+        said.append(answer.logits[answer.positions < state.tokens.shape[1]])
+        return answer
 
     def watched(engine: Engine, part: Any, count: int, reads: int, row: int, spec: Any) -> Any:
         held = [one for one in (engine.kv.keys, engine.kv.values, engine.kv.hidden) if one is not None]
@@ -115,9 +118,15 @@ def test_rows_that_are_wide_alone_go_first(shift: Any, monkeypatch: pytest.Monke
         with graphs.emulated():
             replayed = decode_stream(model, decoder, prompts, rows=4, compile=True, **arguments)
         seen.append(recorded())
-        with monkeypatch.context() as eager:
-            eager.setattr(Engine, "ask", ask)
-            same(replayed, decode_stream(model, decoder, prompts, rows=1, **arguments))  # each alone
+        answers = list(said)
+        said.clear()
+        same(replayed, decode_stream(model, decoder, prompts, rows=4, **arguments))
+        for mine, eager in zip(answers, said, strict=True):
+            torch.testing.assert_close(mine, eager)
+        said.clear()
+        for number, prompt in enumerate(prompts):
+            assert replayed.tokens[number] == decode(model, decoder, [prompt], seed=number, **arguments).tokens[0]
+        said.clear()
     before, then = ({name: count for name, count in one.items() if name[0] == "alone"} for one in seen)
     went = [row for rows in steps for row in rows]
     assert before == then and set(before.values()) == {1} and len(before) == 2 < len(set(went)), "a graph for each width, whatever the row"
