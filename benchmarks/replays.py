@@ -59,6 +59,8 @@ def steps(model: Transformer, repeats: int = 20) -> dict[str, dict[str, float]]:
                     _, _, lanes, reads, flat, whole = name
                     note = ("" if flat is None else f", {flat} flat") + ("" if whole else ", rest")
                     found["forward"][f"{lanes}, {reads}{note}"] = milliseconds
+                elif kind == "alone":
+                    found["forward"][f"{name[2]}, {name[3]}, one row of a batch"] = milliseconds
                 elif kind == "look":
                     found["look"]["plan"] = milliseconds
                 elif kind == "rule":

@@ -23,7 +23,8 @@ MOST_RULES = 24  # functions of decoders in one of them; each holds its scratch 
 class Workspace:
     """kv, pool, and functions by name, compiled and recorded.
 
-    single: a buffer of one row, for forwards of one row. unused: buffers that a larger one replaced; graphs may read them.
+    single: a buffer of one row, which is written anew before a forward of that row. unused: buffers that a larger one replaced; graphs may
+    read them.
     """
 
     def __init__(self, kv: KVBuffer, pool: Pool) -> None:

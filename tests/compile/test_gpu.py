@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dllm_toolkit import workspace
+from dllm_toolkit import rounds, workspace
 from dllm_toolkit.cache.policies import BlockCausalCache, DualCache, NoCache, PrefixCache
 from dllm_toolkit.decode import decode
 from dllm_toolkit.decoders.autoregressive import autoregressive
@@ -98,6 +98,19 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         warm_up += decode(model, decoder, [prompt], **arguments).stats.warm_up
     assert counters["stats"]["unique_graphs"] == before
     assert warm_up == 0.0, "a graph was recorded again"
+
+
+def test_rows_of_a_stream_that_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begins anew in a recorded forward of its own, which serves every row."""
+    monkeypatch.setattr(rounds, "LANES_OF_A_FLOOR", 1)
+    model, decoder, prompts = model_of("block_causal"), d2f(block_length=16, threshold=0.3), prompts_of(12, 60, 400, 4)
+    arguments: dict[str, Any] = {"rows": 4, "max_new_tokens": 48, "cache": BlockCausalCache()}
+    first, again = (decode_stream(model, decoder, prompts, compile=True, **arguments) for _ in range(2))
+    eager = decode_stream(model, decoder, prompts, **arguments)
+    assert first.tokens == again.tokens == eager.tokens and first.stats.nfe == eager.stats.nfe
+    assert first.stats.warm_up > 0 == again.stats.warm_up
+    units = [unit for several in model.__dict__["_workspaces"].values() for space in several for unit in space.units.items()]
+    assert any(name[0] == "alone" and len(unit.recordings) == 1 for name, unit in units)
 
 
 def few_lanes(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
