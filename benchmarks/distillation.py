@@ -60,6 +60,12 @@ def comparison(recipe: str, home: Path, output: Path, smoke: bool) -> list[str]:
     return [*made, "models.teacher=" + tiny({}), size, "run.max_new_tokens=8"] if smoke else made
 
 
+def visible_devices() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them: those of a child are counted anew."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())] or [""]
+
+
 def shared(made: list[str], smoke: bool) -> list[str]:
     """The command by as many processes as there are GPUs, which share the problems."""
     count = 1 if smoke else len(visible_devices())
