@@ -188,6 +188,7 @@ def throughput(
         "seconds": round(seconds, 4),
         "tokens_per_forward_of_a_row": round(tokens / sum(sum(one.stats.nfe) for one in outputs), 3),
         "warm_up_seconds": round(warm_up, 1),
+        **({"forward_ms": graphs} if (graphs := steps(model)["forward"]) else {}),
     }
 
 
