@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -62,7 +62,8 @@ def generations(axes: Axes, found: list[Result]) -> None:
                 continue
             where = place - 0.4 + (number + 0.5) * height
             axes.barh(where, one["tokens_per_second"], height * 0.9, color=COLOURS[number], label=result["weights"] if place == 0 else None)
-            axes.text(one["tokens_per_second"], where, f" {one['tokens_per_second']:.0f}", va="center", fontsize=8, color=INK)
+            inside = {"color": "white", "ha": "right"} if number == 0 else {"color": INK}  # a mark may stand right behind the bar
+            axes.text(one["tokens_per_second"], where, f" {one['tokens_per_second']:.0f} ", va="center", fontsize=8, **inside)
             bound = one["tokens_per_forward"] * 1e3 / result["floor_ms"]
             axes.plot([bound, bound], [where - height * 0.45, where + height * 0.45], color=INK, lw=1.2)
     axes.plot([], [], color=INK, lw=1.2, label="weights read once a forward")
@@ -111,9 +112,8 @@ def batches(axes: Axes, found: list[Result]) -> None:
             label = f"{result['weights']}, {'finished rows refilled' if refill else 'batches'}"
             axes.plot(*zip(*points, strict=True), "o-" if refill else "o:", color=COLOURS[number], ms=4, label=label)
     powers(axes, sorted(seen))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("rows, with requests of unequal length", fontsize=9, color=INK)
     axes.set_ylabel("tokens a second", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8)
