@@ -154,3 +154,18 @@ def test_results_are_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no results to draw"):
         drawing.main(tmp_path / "nowhere")
+
+
+def test_trainings_share_the_gpus_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students on two devices, two at once on each; the comparison by one process a device."""
+    module = module_of(BENCHMARKS / "distillation.py", monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    said = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
+    program = {"d": "raise SystemExit(3)"}
+    monkeypatch.setattr(module, "training", lambda name, home, smoke: [sys.executable, "-c", program.get(name, said)])
+    seconds, failed = module.run_all(list("abcd"), tmp_path, 2, False)
+    assert sorted(seconds) == list("abcd") and failed == ["d"]
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in "abc"] == ["2", "5", "2"]
+    assert "--nproc_per_node=2" in module.shared(["python", "-m", "dllm_toolkit"], False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert module.shared(["python", "-m", "dllm_toolkit"], False) == ["python", "-m", "dllm_toolkit"]
