@@ -39,10 +39,14 @@ TEACHER, CONTROL = "teacher", "sft"
 
 @dataclass(frozen=True)
 class Student:
-    """What a card says of a student. compute: lanes of gradient steps count three times, those of a teacher's forward once."""
+    """What a card says of a student.
+
+    arguments: of the objective, without its parts. compute: lanes of gradient steps count three times, those of a teacher's forward once.
+    """
 
     name: str
     objective: str
+    arguments: str
     steps: int
     sequences: int
     student_lanes: int
@@ -58,9 +62,18 @@ class Student:
         try:
             found = json.loads(card.read_text(encoding="utf-8"))
             training, objective = found["training"], yaml.safe_load(found["recipe"])["objective"]
-            name = str(objective[COMPONENT] if isinstance(objective, Mapping) else objective)
-            lanes = training["lanes"]
-            return cls(card.parent.parent.name, name, training["steps"], training["sequences"], lanes["student"], lanes["teacher"])
+            objective = dict(objective) if isinstance(objective, Mapping) else {COMPONENT: objective}
+            kind, lanes = str(objective.pop(COMPONENT)), training["lanes"]
+            given = {name: value for name, value in objective.items() if isinstance(value, bool | int | float)}
+            return cls(
+                name=card.parent.parent.name,
+                objective=kind,
+                arguments=", ".join(f"{name}: {json.dumps(value)}" for name, value in given.items()),
+                steps=training["steps"],
+                sequences=training["sequences"],
+                student_lanes=lanes["student"],
+                teacher_lanes=lanes["teacher"],
+            )
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             raise ToolkitError(
                 f"{card} is no card of a student ({error!r}). Train it first: dllm-toolkit train recipes/distil/..."
@@ -136,7 +149,7 @@ def _students(students: Sequence[Student]) -> str:
         rows.append(
             (
                 f"`{one.name}`",
-                words._first_line(entry),
+                words._first_line(entry) + (f"<br>`{one.arguments}`" if one.arguments else ""),
                 words._links(papers_of(entry)),
                 f"{one.steps:,}",
                 f"{one.sequences:,}",

@@ -44,7 +44,8 @@ def a_card(home: Path, name: str, student: int, teacher: int = 0) -> None:
     where.mkdir(parents=True)
     training = {"steps": 10, "sequences": 100, "lanes": {"student": student, "teacher": teacher}}
     objective = {"sft": "masked_diffusion"}.get(name, name)
-    (where / "card.json").write_text(json.dumps({"training": training, "recipe": f"objective: {{_component_: {objective}}}\n"}))
+    given = ", noise: {_component_: monotone}, block_length: 16" if name == "dscd" else ""
+    (where / "card.json").write_text(json.dumps({"training": training, "recipe": f"objective: {{_component_: {objective}{given}}}\n"}))
 
 
 def test_the_page_says_what_each_student_is_worth(tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_the_page_says_what_each_student_is_worth(tmp_path: Path) -> None:
     assert "| `dparallel` | 0.9 | 5.00 | 2.50 | 100.0 % |" in page and "| `teacher` | 0.9 | 2.00 | 1.00 |" in page
     assert "`dscd` has no point within 1 point of the reference; its best is 2.50 tokens per forward at 97.5 % accuracy" in page
     assert "+3.0 forwards saved against `sft` (+3.0 to +3.0)." in page
+    assert "(CD4LM, arXiv 2601.02236).<br>`block_length: 16` |" in page
     assert "| `dscd` |" in page and page.count("| 1.00 |\n") >= 3  # the three students have the same compute
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
