@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 32, 64, 128, 512])
     parser.add_argument("--slots", type=int, nargs="+", default=[528])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tiles", nargs="*", default=[], metavar="TILING", help="of our own kernel, such as 64x4 or 64x4x128x8x2xtail")
+    parser.add_argument("--tiles", nargs="*", default=[], metavar="TILING", help="of our own kernel, such as 64x4 or 64x4x128x8x2")
     parser.add_argument("--tune", action="store_true", help="measure tilings of our own kernel (those of --tiles, if any) and nothing else")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)

@@ -12,7 +12,7 @@ any recipe.
     decode      whole generations, and the graphs that their steps are made of (replays.py: forward by lanes and reads, its products alone):
                 d2f + block_causal, semi-AR + dual, + prefix, vanilla without cache, autoregressive
     batch       d2f by number of rows, `--requests` for each row, prompts and answers of unequal lengths: in batches, of which each waits
-                for its slowest row, and with finished rows refilled (stream.py)
+                for its slowest row, and with finished rows refilled (stream.py); what its recorded forwards take
     long        a prompt of `--long` tokens: d2f, semi-AR + dual, autoregressive
 
 `--weights fp8` (or int8) measures everything with the linear maps in 8 bits (models/eight_bit.py). A section that fails, for want of memory

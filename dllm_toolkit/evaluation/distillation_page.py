@@ -64,11 +64,11 @@ class Student:
             training, objective = found["training"], yaml.safe_load(found["recipe"])["objective"]
             objective = dict(objective) if isinstance(objective, Mapping) else {COMPONENT: objective}
             kind, lanes = str(objective.pop(COMPONENT)), training["lanes"]
-            given = {name: value for name, value in objective.items() if isinstance(value, bool | int | float)}
+            given = {name: value for name, value in objective.items() if isinstance(value, bool | int | float | str)}
             return cls(
                 name=card.parent.parent.name,
                 objective=kind,
-                arguments=", ".join(f"{name}: {json.dumps(value)}" for name, value in given.items()),
+                arguments=", ".join(f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()),
                 steps=training["steps"],
                 sequences=training["sequences"],
                 student_lanes=lanes["student"],

@@ -137,11 +137,9 @@ declare("policy", PolicyGradient)
 
 
 @register("policy", "d1")
-def d1(
-    clip: float = 0.5, beta: float = 0.04, updates: int = 12, prompt_masking: float = 0.15, scale: bool = False, negative: float = 1.0
-) -> PolicyGradient:
+def d1(clip: float = 0.5, beta: float = 0.04, updates: int = 12, prompt_masking: float = 0.15, scale: bool = False) -> PolicyGradient:
     """diffu-GRPO of d1 (arXiv 2504.12216): one-step scores, many updates on the same rollouts, each with new prompt masks."""
-    return PolicyGradient(OneStep(prompt_masking), clip, beta, updates=updates, scale=scale, negative=negative)
+    return PolicyGradient(OneStep(prompt_masking), clip, beta, updates=updates, scale=scale)
 
 
 @register("policy", "coupled_grpo")
@@ -156,9 +154,9 @@ def coupled_grpo(
 
 
 @register("policy", "cj_grpo")
-def cj_grpo(clip: float = 0.5, beta: float = 0.04, updates: int = 8, after_end: bool = True, negative: float = 1.0) -> PolicyGradient:
+def cj_grpo(clip: float = 0.5, beta: float = 0.04, updates: int = 8, after_end: bool = True) -> PolicyGradient:
     """CJ-GRPO (arXiv 2509.23924): every state of the decoder's trajectory, each step as heavy as the next; as released, after_end."""
-    return PolicyGradient(Trajectory(1), clip, beta, share="steps", updates=updates, after_end=after_end, negative=negative)
+    return PolicyGradient(Trajectory(1), clip, beta, share="steps", updates=updates, after_end=after_end)
 
 
 @register("policy", "trace_rl")
