@@ -223,6 +223,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows")
     parser.add_argument("--attention", choices=["products", "triton"], default=few_lanes.BEST, help="of few lanes")
+    parser.add_argument("--products", choices=["library", "triton"], default=parts.BEST, help="of few lanes")
     cut = "cut narrow products (ops/parts.py)"
     parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=parts.ENABLED, help=cut)
     parser.add_argument("--weights", choices=["fp8", "int8"], default=None, help="linear maps in 8 bits")
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     save_option(parser)
     options = parser.parse_args(arguments)
     few_lanes.use(options.attention)
-    parts.ENABLED = options.parts
+    parts.ENABLED, parts.BEST = options.parts, options.products
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     gbps = bandwidth(device, 4 << 30 if device.type == "cuda" else 64 << 20, 10)

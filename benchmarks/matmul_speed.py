@@ -1,7 +1,8 @@
 """How close do the matrix products of one decoding step come to the memory's speed, in bf16 and in 8 bits?
 
     python benchmarks/matmul_speed.py                        an 8B model's shapes on a GPU (16 GB of weights), 16 to 128 lanes
-    python benchmarks/matmul_speed.py --tiles                and every tile of the Triton kernel on every shape
+    python benchmarks/matmul_speed.py --tiles                and every tile of the 8-bit Triton kernel on every shape
+    python benchmarks/matmul_speed.py --variants --kernels --cuts       the bf16 Triton kernel in every way to cut it, beside the library
     python benchmarks/matmul_speed.py --layers 2 --width 128 --mlp-width 256 --vocabulary 256 --device cpu --eager     seconds anywhere
 
 A step of few lanes reads every weight once and computes little, so its floor is bytes of weights over the bandwidth of a plain copy, both
@@ -269,6 +270,59 @@ def measure_tiles(options: argparse.Namespace, device: torch.device) -> Iterator
                     yield row
 
 
+def cuts_of(inputs: int, joined: bool) -> Iterator[Any]:
+    """Ways to cut a product for the bf16 kernel; joined: two maps as one, in one part."""
+    from dllm_toolkit.ops.products_triton import Tile
+
+    for outputs, step, warps, stages in (
+        (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (64, 256, 4, 3),
+        (128, 128, 8, 4), (128, 128, 4, 4), (128, 64, 4, 5), (32, 256, 4, 4),
+    ):  # fmt: skip
+        for parts in (1,) if joined else (1, 2, 4):
+            if inputs % (step * parts) == 0 and inputs // (step * parts) >= 4:
+                yield Tile(outputs // 2 if joined else outputs, step, parts, warps, stages)
+
+
+def measure_cuts(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Microseconds of one product of each shape: the library's, in two parts, and the bf16 Triton kernel's. `swiglu`: gate, up, joined."""
+    from dllm_toolkit.ops import products_triton
+
+    began = time.perf_counter()
+    join = torch.compile(lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], dynamic=False)
+    for key, (outputs, inputs) in {**shapes(options), "swiglu": (2 * options.mlp_width, options.width)}.items():
+        weights = [(torch.randn(outputs, inputs, device=device) * 0.02).to(torch.bfloat16)]
+        weights += [weights[0].clone() for _ in range((256 << 20) // (2 * weights[0].numel()))]  # more than a cache holds
+        joined = key == "swiglu"
+        for lanes in options.lanes:
+            x = torch.randn(lanes, inputs, device=device).to(torch.bfloat16)
+            right = x.float() @ weights[0].float().T
+            right = F.silu(right[:, : outputs // 2]) * right[:, outputs // 2 :] if joined else right
+            ways: dict[str, Callable[[Tensor], Tensor]] = {}
+            if joined:
+                ways["library"] = lambda weight, x=x: join(F.linear(x, weight)).unsqueeze(0)
+            else:
+                ways["library"] = lambda weight, x=x: F.linear(x, weight).unsqueeze(0)
+                ways["library, 2 parts"] = lambda weight, x=x: by_parts(x, weight, 2)
+            for tile in cuts_of(inputs, joined):
+                if joined:
+                    ways[str(tile)] = lambda weight, x=x, tile=tile: products_triton.gated(x, weight, tile).unsqueeze(0)
+                else:
+                    ways[str(tile)] = lambda weight, x=x, tile=tile: products_triton.by_parts(x, weight, tile)
+            for name, way in ways.items():
+                if time.perf_counter() - began > options.seconds:
+                    return
+                row: dict[str, Any] = {"shape": key, "lanes": lanes, "way": name}
+                try:
+                    wrong = float((way(weights[0]).sum(0).float() - right).norm() / right.norm())
+                    if not wrong < 2e-2:
+                        raise RuntimeError(f"wrong: relative error {wrong:.3g}, limit 0.02")
+                    each = timed(partial(call_all, [partial(way, one) for one in weights]), device, options.repeats) / len(weights)
+                    row |= {"us": round(each * 1e3, 2), "gbps": round(2 * outputs * inputs / each / 1e6)}
+                except Exception as failure:
+                    row["failed"] = reason(failure)
+                yield row
+
+
 def call_all(functions: list[Callable[[], Tensor]]) -> None:
     for function in functions:
         function()
@@ -290,6 +344,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--variants", nargs="*", default=["separate", "fused"], help=variants)
     parser.add_argument("--kernels", nargs="*", default=KERNELS, help="of whole layers")
     parser.add_argument("--tiles", action="store_true", help="also every tile of the Triton kernel")
+    parser.add_argument("--cuts", action="store_true", help="the bf16 Triton kernel, in every way to cut it")
     parser.add_argument("--seconds", type=float, default=60, help="the most that one kernel may take, compilation included")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
@@ -321,12 +376,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 print(f"{kernel:20} failed: {layers[-1]['failed']}", file=sys.stderr, flush=True)
             release(device)
         tiles: list[dict[str, Any]] = []
-        try:
-            for row in measure_tiles(options, device) if options.tiles else ():
-                tiles.append(row)
-                print(f"tile {row}", file=sys.stderr, flush=True)
-        except Exception as failure:
-            tiles.append({"failed": reason(failure)})
+        for wanted, measured in ((options.tiles, measure_tiles), (options.cuts, measure_cuts)):
+            try:
+                for row in measured(options, device) if wanted else ():
+                    tiles.append(row)
+                    print(f"tile {row}", file=sys.stderr, flush=True)
+            except Exception as failure:
+                tiles.append({"failed": reason(failure)})
     result = {
         "benchmark": "matmul_speed", "device": name, "torch": torch.__version__, "copy_gbps": round(gbps), "rows": rows, "layers": layers,
         "tiles": tiles,

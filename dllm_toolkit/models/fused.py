@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_toolkit.models.eight_bit import QuantisedLinear
@@ -95,18 +96,25 @@ def together(x: Tensor, whole: nn.Module | None, *maps: nn.Module) -> tuple[Tens
     if whole is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or intact(whole, maps)):
         return tuple(one(x) for one in maps)
     widths = [int(one.out_features) for one in maps]  # type: ignore[arg-type]
-    return tuple(whole(x).split(widths, dim=-1))
+    return tuple(at_once(whole, x).split(widths, dim=-1))
+
+
+def gated(x: Tensor, whole: nn.Module | None, gate: nn.Module, up: nn.Module) -> Tensor:
+    """silu of what `gate` says of x [..., K], times what `up` says. whole: both as one map."""
+    if whole is not None and _own(whole):
+        return parts.gated(x, whole.weight)  # type: ignore[arg-type]
+    gates, ups = together(x, whole, gate, up)
+    return F.silu(gates) * ups
 
 
 def in_parts(one: nn.Module, x: Tensor) -> Tensor:
     """What a map says of x [..., K], as terms of a sum [P, ..., M]: one term, or more where that is faster (ops/parts.py)."""
-    count = _parts(one, x)
-    return one(x).unsqueeze(0) if count == 1 else parts.by_parts(x, one.weight, count)  # type: ignore[arg-type]
+    return parts.terms(x, one.weight) if _own(one) else one(x).unsqueeze(0)  # type: ignore[arg-type]
 
 
 def no_parts(one: nn.Module, x: Tensor) -> Tensor:
     """Zeros in the form of `in_parts` of a map that gives tensors like x."""
-    count = _parts(one, x)
+    count = parts.parts_for(x, one.weight) if _own(one) else 1  # type: ignore[arg-type]
     return x.new_zeros(count, *x.shape, dtype=x.dtype if count == 1 else torch.promote_types(x.dtype, torch.float32))
 
 
@@ -117,11 +125,11 @@ def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
 
 def at_once(one: nn.Module, x: Tensor) -> Tensor:
     """The same as a whole."""
-    return one(x) if _parts(one, x) == 1 else summed(in_parts(one, x), x.dtype)
+    return summed(in_parts(one, x), x.dtype) if _own(one) else one(x)
 
 
-def _parts(one: nn.Module, x: Tensor) -> int:
+def _own(one: nn.Module) -> bool:
+    """May a compiled layer multiply by this map's weight in its own way? Not where the map is more than that, or gradients are wanted."""
     if not torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return 1
-    plain = type(one) is nn.Linear and one.bias is None and type(one.weight) is nn.Parameter and not _hooked(one)
-    return parts.parts_for(x, one.weight) if plain else 1  # type: ignore[arg-type]
+        return False
+    return type(one) is nn.Linear and one.bias is None and type(one.weight) is nn.Parameter and not _hooked(one)

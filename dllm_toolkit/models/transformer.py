@@ -24,7 +24,7 @@ from dllm_toolkit import workspace
 from dllm_toolkit.cache.buffer import KVBuffer, LayerBuffer
 from dllm_toolkit.errors import ToolkitError
 from dllm_toolkit.models.base import Flat, Query
-from dllm_toolkit.models.fused import at_once, fused, intact, together
+from dllm_toolkit.models.fused import at_once, fused, gated, intact, together
 from dllm_toolkit.ops import attention
 from dllm_toolkit.registry import register
 from dllm_toolkit.types import Attention, BlockAnchor, ModelSpec
@@ -267,8 +267,7 @@ class Layer(nn.Module):
 
     def gated(self, x: Float[Tensor, "B W width"]) -> Float[Tensor, "B W mlp_width"]:
         """What `down_proj` is asked in the feed-forward network."""
-        gate, up = together(self.mlp_norm(x), self.fused_transform, self.gate_proj, self.up_proj)
-        return F.silu(gate) * up
+        return gated(self.mlp_norm(x), self.fused_transform, self.gate_proj, self.up_proj)
 
     def fuse(self) -> None:
         """Let maps that read the same input share one product where nobody wants gradients. They keep their names and their values."""

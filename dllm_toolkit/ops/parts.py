@@ -4,15 +4,25 @@
 
 With 16 to 128 lanes a product waits for the weights, and a map with few outputs has too few tiles to keep all multiprocessors reading.
 The library then cuts the inputs itself and adds the parts in a kernel of its own. Cut here, the sum falls into the kernel that comes next
-(a residual, a norm), and is in float32 until then.
+(a residual, a norm), and is in float32 until then. Who multiplies is the library, or a kernel of our own (ops/products_triton.py), which
+also joins the two maps of SwiGLU.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from dllm_toolkit.ops.products_triton import Tile
+
+Kernel = Literal["library", "triton"]
+BEST: Kernel = "library"
+"""Whose products compiled layers of few lanes are made of, in bfloat16 and float16. What has been compiled stays as it is."""
 ENABLED = True
 """Whether compiled layers cut such products. What has been compiled stays as it is."""
 MOST_LANES = 128
@@ -23,8 +33,29 @@ LEAST = 512  # inputs of a part
 
 def parts_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"]) -> int:
     """Into how many parts a compiled product is cut: 1 where it has tiles enough, or lanes enough to wait for arithmetic."""
-    few = x.numel() // x.shape[-1] <= MOST_LANES and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-    return cuts(*weight.shape) if ENABLED and few else 1
+    if not few(x):
+        return 1
+    tile = tile_for(x, weight)
+    return tile.parts if tile is not None else cuts(*weight.shape) if ENABLED else 1
+
+
+def few(x: Float[Tensor, "*lanes K"]) -> bool:
+    """So few lanes, on a GPU, that their product waits for the weights?"""
+    return x.numel() // x.shape[-1] <= MOST_LANES and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def tile_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], whole: bool = False) -> Tile | None:
+    """How our own kernel is to cut this product; None: the library multiplies. whole: in one part."""
+    if BEST == "library":
+        return None
+    from dllm_toolkit.ops.products_triton import Tile
+
+    outputs, inputs = weight.shape
+    tile = Tile()
+    if inputs % tile.inputs:
+        return None
+    parts = 1 if whole or not ENABLED else cuts(outputs, inputs)
+    return Tile(parts=parts) if inputs % (tile.inputs * parts) == 0 else None
 
 
 def cuts(outputs: int, inputs: int) -> int:
@@ -36,8 +67,19 @@ def cuts(outputs: int, inputs: int) -> int:
     return parts
 
 
+def terms(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"]) -> Float[Tensor, "P *lanes M"]:
+    """A compiled product in the parts that `parts_for` says: one in the type of x, several in float32."""
+    tile = tile_for(x, weight) if few(x) else None
+    if tile is not None:
+        from dllm_toolkit.ops import products_triton
+
+        return products_triton.by_parts(x, weight, tile)
+    count = parts_for(x, weight)
+    return F.linear(x, weight).unsqueeze(0) if count == 1 else by_parts(x, weight, count)
+
+
 def by_parts(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], parts: int) -> Float[Tensor, "P *lanes M"]:
-    """The product of each part, in float32 or wider."""
+    """The product of each part by the library, in float32 or wider."""
     outputs, inputs = weight.shape
     left = x.reshape(-1, parts, inputs // parts).transpose(0, 1)  # [P, N, k]
     right = weight.view(outputs, parts, inputs // parts).permute(1, 2, 0)  # [P, k, M]
@@ -47,3 +89,14 @@ def by_parts(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], parts: 
         wide = torch.promote_types(x.dtype, torch.float32)
         made = torch.bmm(left.to(wide), right.to(wide))
     return made.view(parts, *x.shape[:-1], outputs)
+
+
+def gated(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "2M K"]) -> Float[Tensor, "*lanes M"]:
+    """Compiled: silu of what the first half of the weights says, times what the second half says."""
+    tile = tile_for(x, weight, whole=True) if few(x) else None
+    if tile is not None:
+        from dllm_toolkit.ops import products_triton
+
+        return products_triton.gated(x, weight, tile)
+    gate, up = F.linear(x, weight).chunk(2, -1)
+    return F.silu(gate) * up
