@@ -13,7 +13,8 @@ any recipe.
                 d2f + block_causal, semi-AR + dual, + prefix, vanilla without cache, autoregressive
     batch       d2f by number of rows, `--requests` for each row, prompts and answers of unequal lengths: in batches, of which each waits
                 for its slowest row, and with finished rows refilled (stream.py); what its recorded forwards take
-    long        a prompt of `--long` tokens: d2f, semi-AR + dual, autoregressive
+    rows        whole generations of several rows whose answers are equally long: d2f, semi-AR + dual, autoregressive
+    long        a prompt of `--long` tokens: the same three
 
 `--weights fp8` (or int8) measures everything with the linear maps in 8 bits (models/eight_bit.py). A section that fails, for want of memory
 for instance, has its error in its place, and the next one runs; with `--save` a run that is ended from outside leaves what it had in a
@@ -128,7 +129,7 @@ def generation(
     tokens = sum(outputs[0].stats.commits)
     graphs = steps(model)
     shapes = [name for name in graphs["forward"] if name.count(", ") == 1 and options.weights is None]  # of whole batches, not flat
-    alone = {name: products(model, *map(int, name.split(", "))) for name in shapes}
+    alone = {name: products(model, *(rows * int(lanes) for lanes in name.split(", "))) for name in shapes}
     return {
         "rows": rows,
         "tokens_per_second": round(tokens / seconds, 1),
@@ -222,6 +223,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows")
+    parser.add_argument("--rows", type=int, nargs="*", default=[16], help="numbers of rows with answers of one length")
     parser.add_argument("--attention", choices=["products", "triton"], default=few_lanes.BEST, help="of few lanes")
     parser.add_argument("--products", choices=["library", "triton"], default=parts.BEST, help="of few lanes")
     cut = "cut narrow products (ops/parts.py)"
@@ -251,7 +253,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sizes = ("layers", "width", "heads", "mlp_width", "vocabulary", "prompt", "new_tokens", "block", "accept")
     result |= {"shape": {key: getattr(options, key) for key in sizes}}
     result |= {"copy_gbps": round(gbps), "weights_gb": round(weights / 1e9, 3), "floor_ms": round(floor, 3), "decode": {}, "batch": []}
-    result |= {"weights": options.weights or options.dtype, "long": {}}
+    result |= {"weights": options.weights or options.dtype, "rows": [], "long": {}}
     for key, (attention, decoder, cache) in settings(options).items():
         if options.only is None or key in options.only:
             result["decode"][key] = attempt(partial(generation, model, attention, decoder, cache, options, 1), device)
@@ -263,8 +265,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             result["batch"].append(attempt(partial(throughput, model, attention, decoder, cache, options, rows, refill), device))
             print(f"batch {rows:4} {result['batch'][-1]}", file=sys.stderr, flush=True)
             keep_so_far("decode_speed", result, options, device, options.weights)
+    three = ("d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal")
+    for rows in options.rows:
+        for key in three:
+            attention, decoder, cache = settings(options)[key]
+            measured = attempt(partial(generation, model, attention, decoder, cache, options, rows), device)
+            result["rows"].append({"generation": key, **measured})
+            print(f"{rows:3} rows {key:22} {result['rows'][-1]}", file=sys.stderr, flush=True)
+            keep_so_far("decode_speed", result, options, device, options.weights)
     long = argparse.Namespace(**{**vars(options), "prompt": options.long})
-    for key in ("d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal") if options.long else ():
+    for key in three if options.long else ():
         attention, decoder, cache = settings(options)[key]
         result["long"][key] = attempt(partial(generation, model, attention, decoder, cache, long, 1), device)
         print(f"long {key:25} {result['long'][key]}", file=sys.stderr, flush=True)

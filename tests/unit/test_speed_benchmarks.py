@@ -67,6 +67,8 @@ def test_decode_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         "float32",
         "--batch",
         "2",
+        "--rows",
+        "3",
         "--long",
         "20",
         "--only",
@@ -79,7 +81,10 @@ def test_decode_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert (plain["refill"], refilled["refill"]) == (False, True)
     assert plain["tokens_per_forward_of_a_row"] == refilled["tokens_per_forward_of_a_row"] and plain["requests"] == 8
     assert set(result["long"]) == {"d2f, block_causal", "semi_ar, dual", "autoregressive, block_causal"}
-    assert all("failed" not in one for one in (*result["long"].values(), *result["batch"]))
+    assert all("failed" not in one for one in (*result["long"].values(), *result["batch"], *result["rows"]))
+    assert [(one["rows"], one["generation"], one["forwards"]) for one in result["rows"]] == [
+        (3, "d2f, block_causal", 6), (3, "semi_ar, dual", 6), (3, "autoregressive, block_causal", 12),
+    ]  # fmt: skip
 
 
 def test_train_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
