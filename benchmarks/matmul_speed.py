@@ -275,8 +275,8 @@ def cuts_of(inputs: int, joined: bool) -> Iterator[Any]:
     from dllm_toolkit.ops.products_triton import Tile
 
     for outputs, step, warps, stages in (
-        (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (64, 256, 4, 3),
-        (128, 128, 8, 4), (128, 128, 4, 4), (128, 64, 4, 5), (32, 256, 4, 4),
+        (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (128, 64, 4, 4), (128, 64, 4, 8), (128, 64, 8, 4),
+        (128, 128, 8, 2), (128, 128, 8, 4), (256, 64, 8, 4), (256, 64, 8, 5),
     ):  # fmt: skip
         for parts in (1,) if joined else (1, 2, 4):
             if inputs % (step * parts) == 0 and inputs // (step * parts) >= 4:

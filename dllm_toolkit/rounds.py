@@ -129,11 +129,19 @@ def prepare(
 
 
 def _flat(live: Bool[Tensor, "B W"], count: int) -> Flat:
+    """The live lanes are the first of their row. By rows, then within them: PyTorch 2.11 cannot compile a scan over many thousand lanes."""
+    rows, width = live.shape
+    each = live.sum(1)  # [B]
+    end = each.cumsum(0)
+    begin = end - each
+    number = torch.arange(count, device=live.device)
+    row = (end.unsqueeze(0) <= number.unsqueeze(1)).sum(1)  # [N], B behind the last live lane
+    lane = number - begin[row.clamp(max=rows - 1)] + row * width
     # There is a dead lane wherever there are fewer live ones than flat places: it fills them, and ends in the trash slot of its row.
-    dead = (~live).flatten().long().argmax()
-    lane = lanes.pack(live.view(1, -1), count).view(-1)
-    place = (live.flatten().cumsum(0) - 1).clamp(min=0, max=count - 1).view_as(live)
-    return Flat(torch.where(lane < live.numel(), lane, dead), place)
+    spare = (each < width).long().argmax(0, keepdim=True)
+    dead = spare * width + each.gather(0, spare)  # [1]
+    place = (begin.unsqueeze(1) + torch.arange(width, device=live.device)).clamp(max=count - 1)
+    return Flat(torch.where(row < rows, lane, dead), place)
 
 
 LANES_OF_A_FLOOR = 256

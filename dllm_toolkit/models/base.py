@@ -20,7 +20,7 @@ class Flat(NamedTuple):
     """The live lanes of all rows one behind the other, [1, N] instead of [B, W]: for all that a layer computes where no lane sees another.
 
     lane: the number b * W + w of each of them; place: the place of every lane among them. Places behind the last live lane repeat a dead
-    one, which ends in the trash slot; dead lanes have the place of any live one, and are read by nobody.
+    one, which ends in the trash slot; dead lanes have the place of any other, and are read by nobody.
     """
 
     lane: Int[Tensor, "N"]

@@ -35,6 +35,16 @@ class Tile:
     stages: int = 4
 
 
+def bytes_of_a_stage(tile: Tile, lanes: int, gated: bool) -> int:
+    """Shared memory that each of a tile's stages takes: weights of one map or two, and lanes."""
+    return 2 * tile.inputs * (tile.outputs * (2 if gated else 1) + padded(lanes))
+
+
+def padded(lanes: int) -> int:
+    """Lanes of a program: a power of two that the tensor cores take."""
+    return max(16, 1 << (lanes - 1).bit_length())
+
+
 @triton.jit
 def _kernel(
     x, weight, out,
@@ -47,7 +57,7 @@ def _kernel(
     k = tl.program_id(1) * part + tl.arange(0, BLOCK_K)
     here, live = n < outputs, m < rows
     weights = weight + n.to(tl.int64)[:, None] * inputs + k[None, :]
-    second = weights + outputs.to(tl.int64) * inputs
+    second = weight + (n + outputs).to(tl.int64)[:, None] * inputs + k[None, :]
     lanes = x + m[None, :] * x_row + k[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -97,11 +107,10 @@ def _run(x: Tensor, weight: Tensor, outputs: int, tile: Tile, gated: bool) -> Te
             f"weights and lanes must be dense rows, got strides {weight.stride()} and {flat.stride()}. The kernel reads whole rows. "
             "Write .contiguous()."
         )
-    block = max(16, 1 << (rows - 1).bit_length())
     made = torch.empty(tile.parts, rows, outputs, dtype=x.dtype if tile.parts == 1 else torch.float32, device=x.device)
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
     _kernel[-(-outputs // tile.outputs), tile.parts](  # type: ignore[index]  # what the decorator makes of it takes a grid
         flat, weight, made, rows, outputs, inputs, inputs // tile.parts, flat.stride(0),
-        GATED=gated, BLOCK_M=block, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, **options,
+        GATED=gated, BLOCK_M=padded(rows), BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, **options,
     )  # fmt: skip
     return made

@@ -17,7 +17,7 @@ from dllm_toolkit.decoders.d2f import d2f
 from dllm_toolkit.decoders.fast_dllm import fast_dllm
 from dllm_toolkit.decoders.vanilla import vanilla
 from dllm_toolkit.engine import Engine
-from dllm_toolkit.models.fused import at_once, in_parts
+from dllm_toolkit.models.fused import at_once, gated, in_parts
 from dllm_toolkit.models.guidance import Guided
 from dllm_toolkit.models.transformer import Transformer, TransformerConfig, rotate
 from dllm_toolkit.ops import attention, parts
@@ -30,14 +30,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def model_of(attention: Attention, dtype: torch.dtype = torch.float32, **options: Any) -> Transformer:
     torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 256, "layers": 3, "heads": 4, "mlp_width": 512} | options
     config = TransformerConfig(
-        vocab_size=512, width=256, layers=3, heads=4, mlp_width=512, mask_id=511, eos_ids=(510,), pad_id=510, max_positions=600,
-        attention=attention, block_size=16 if attention == "block_causal" else None, **options,
+        vocab_size=512, mask_id=511, eos_ids=(510,), pad_id=510, max_positions=600, attention=attention,
+        block_size=16 if attention == "block_causal" else None, **sizes,
     )  # fmt: skip
     model = Transformer(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.12)
+            torch.nn.init.normal_(parameter, std=1.92 * config.width**-0.5)
     return model.to("cuda", dtype).eval()
 
 
@@ -69,14 +70,28 @@ def test_compiled_tokens_are_eager_tokens(attention: Any, decoder: Any, cache: A
         assert (compiled.stats.nfe, compiled.stats.lanes) == (eager.stats.nfe, eager.stats.lanes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_logits_are_eager_logits(dtype: torch.dtype) -> None:
+def test_lanes_of_many_rows_one_behind_the_other() -> None:
+    """64 rows, so that more than ten thousand lanes are counted at once."""
+    model, decoder, cache = model_of("block_causal"), d2f(block_length=16, threshold=0.3), BlockCausalCache()
+    arguments: dict[str, Any] = {"max_new_tokens": [32, 8, 48, 16] * 16, "cache": cache}
+    prompts = prompts_of(64, 5, 320, 4)
+    compiled = decode(model, decoder, prompts, compile=True, **arguments)
+    assert compiled.tokens == decode(model, decoder, prompts, **arguments).tokens
+    (space,) = next(iter(model.__dict__["_workspaces"].values()))
+    assert any(name[0] == "forward" and name[4] is not None for name in space.units if isinstance(name, tuple))
+
+
+WIDE = {"width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 8256, "layers": 2}  # wide enough for products of our own
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, WIDE)], ids=str)
+def test_compiled_logits_are_eager_logits(dtype: torch.dtype, sizes: dict[str, Any]) -> None:
     """Both against float64, as far from it as the type allows, and each other."""
-    model, decoder = model_of("block_causal", dtype), d2f(block_length=16)
+    model, decoder = model_of("block_causal", dtype, **sizes), d2f(block_length=16)
     rows: list[Any] = [(prompt, [None] * 40) for prompt in prompts_of(1, 20, 60, 3)]
     answers = []
     with torch.inference_mode():
-        for compile, held in ((True, model), (False, model), (False, model_of("block_causal", torch.float64))):
+        for compile, held in ((True, model), (False, model), (False, model_of("block_causal", torch.float64, **sizes))):
             state = decoder.init(begin_state(model.spec, rows, [0], length=128, device="cuda"))
             region = decoder.region(state)
             answer = Engine(held, BlockCausalCache(), state, max_reads=40, compile=compile).ask(state, region)
@@ -160,16 +175,26 @@ def test_attention_of_few_lanes_however_the_work_is_cut(tile: tuple[int, ...]) -
     assert error_of(attend(turned, k, v, allow, tiling=Tiling(*tile)), exact) < 1e-2
 
 
-def test_narrow_products_in_parts() -> None:
+@pytest.mark.parametrize("way", ["library", *(["triton"] if attention.has_triton() else [])])
+@pytest.mark.parametrize("lanes", [1, 23, 64, 100])
+def test_products_of_few_lanes(way: Any, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, as a whole, and joined to SwiGLU; the last tile is not full."""
+    monkeypatch.setattr(parts, "BEST", way)
     torch.manual_seed(0)
-    one = torch.nn.Linear(4096, 1024, bias=False, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(1, 64, 4096, device="cuda").to(torch.bfloat16)
+    torch._dynamo.reset()
+    one = torch.nn.Linear(4096, 4128, bias=False, device="cuda", dtype=torch.bfloat16)
+    both = torch.nn.Linear(1024, 2 * 4256, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, lanes, 4096, device="cuda").to(torch.bfloat16)
     with torch.inference_mode():
-        terms, whole = torch.compile(in_parts)(one, x), torch.compile(at_once)(one, x)
+        assert (parts.tile_for(x, one.weight) is None) == (way == "library" or lanes > 64)
+        terms, whole = (torch.compile(run, fullgraph=True, dynamic=False)(one, x) for run in (in_parts, at_once))
+        joined = torch.compile(gated, fullgraph=True, dynamic=False)(x[..., :1024], both, one, one)
         exact = x.double() @ one.weight.double().T
-    assert parts.cuts(1024, 4096) == 2 and terms.shape == (2, 1, 64, 1024) and whole.dtype == x.dtype
+        gate, up = (x[..., :1024].double() @ both.weight.double().T).chunk(2, -1)
+    assert parts.cuts(*one.weight.shape) == 2 and terms.shape == (2, 1, lanes, 4128) and whole.dtype == joined.dtype == x.dtype
     for made in (terms.sum(0), whole):
-        assert ((made.double() - exact).norm() / exact.norm()).item() < 1e-2
+        assert error_of(made, exact) < 1e-2
+    assert error_of(joined, torch.nn.functional.silu(gate) * up) < 1e-2
 
 
 def test_what_a_decode_leaves_does_not_harm_the_next() -> None:

@@ -43,6 +43,31 @@ def test_gates_are_joined_as_two_products_would_be(lanes: int) -> None:
     assert made.shape == (lanes, 24) and (made.float() - exact).norm() / exact.norm() < 2e-3
 
 
+def test_a_product_is_cut_to_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dllm_toolkit.ops import parts
+    from dllm_toolkit.ops.products_triton import Tile
+
+    room = 232_448
+    monkeypatch.setattr(parts, "shared_memory", lambda _: room)
+    monkeypatch.setattr(parts, "BEST", "triton")
+
+    def tile(outputs: int, inputs: int, lanes: int = 64, whole: bool = False) -> Tile | None:
+        return parts.tile_for(torch.empty(lanes, inputs, device="meta"), torch.empty(outputs, inputs, device="meta"), whole)
+
+    assert tile(12288, 4096) == Tile(64, 128, 1, stages=3) and tile(4096, 12288) == Tile(64, 128, 2, stages=5)
+    assert tile(24576, 4096, whole=True) == Tile(64, 64, 1, stages=4)
+    assert tile(12288, 4096, lanes=65) is None, "not measured"
+    assert tile(1024, 1024) is None, "too few tiles"
+    assert tile(12288, 4100) is None and tile(4096, 4224) is None, "no whole steps"
+    room = 101_376
+    assert tile(4096, 12288) == Tile(64, 128, 2, stages=3) and tile(4096, 12288, lanes=16) == Tile(64, 128, 2, stages=4)
+    room = 65_536
+    assert tile(12288, 4096) is None
+    room = 232_448
+    monkeypatch.setattr(parts, "ENABLED", False)
+    assert tile(4096, 12288) is None, "one part has too few tiles"
+
+
 def test_what_does_not_fit_is_refused() -> None:
     from dllm_toolkit.ops.products_triton import Tile, by_parts, gated
 
