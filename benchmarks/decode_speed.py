@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cut = "cut narrow products (ops/parts.py)"
     parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=parts.ENABLED, help=cut)
     parser.add_argument("--weights", choices=["fp8", "int8"], default=None, help="linear maps in 8 bits")
-    parser.add_argument("--only", nargs="*", default=None, help="names of generations, such as 'd2f, block_causal'")
+    parser.add_argument("--only", nargs="*", default=None, help="of the section decode, such as 'd2f, block_causal'; none: skip it")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", dest="compile", action="store_false")
