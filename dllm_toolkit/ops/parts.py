@@ -64,7 +64,7 @@ def tile_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], whole: 
     """
     if BEST == "library" or lanes_of(x) > MOST_LANES_OF_OUR_OWN:
         return None
-    from dllm_toolkit.ops.products_triton import Tile, bytes_of_a_stage
+    from dllm_toolkit.ops.products_triton import Tile, bytes_of_a_stage, shared_memory
 
     outputs, inputs = weight.shape
     count = 1 if whole or not ENABLED else cuts(outputs, inputs)
@@ -74,12 +74,6 @@ def tile_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], whole: 
     if inputs % (tile.inputs * count) or 2 * programs < PROGRAMS or stages < 3:
         return None
     return replace(tile, stages=stages)
-
-
-@torch.compiler.assume_constant_result
-def shared_memory(device: int | None) -> int:
-    """Bytes of shared memory that a program may have on a GPU; 0 where that is not known."""
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 def cuts(outputs: int, inputs: int) -> int:

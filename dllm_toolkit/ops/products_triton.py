@@ -40,6 +40,12 @@ def bytes_of_a_stage(tile: Tile, lanes: int, gated: bool) -> int:
     return 2 * tile.inputs * (tile.outputs * (2 if gated else 1) + padded(lanes))
 
 
+@torch.compiler.assume_constant_result
+def shared_memory(device: int | None) -> int:
+    """Bytes of shared memory that a program may have on a GPU; 0 where that is not known."""
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
 def padded(lanes: int) -> int:
     """Lanes of a program: a power of two that the tensor cores take."""
     return max(16, 1 << (lanes - 1).bit_length())

@@ -44,11 +44,11 @@ def test_gates_are_joined_as_two_products_would_be(lanes: int) -> None:
 
 
 def test_a_product_is_cut_to_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_toolkit.ops import parts
+    from dllm_toolkit.ops import parts, products_triton
     from dllm_toolkit.ops.products_triton import Tile
 
     room = 232_448
-    monkeypatch.setattr(parts, "shared_memory", lambda _: room)
+    monkeypatch.setattr(products_triton, "shared_memory", lambda _: room)
     monkeypatch.setattr(parts, "BEST", "triton")
 
     def tile(outputs: int, inputs: int, lanes: int = 64, whole: bool = False) -> Tile | None:
