@@ -236,7 +236,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     save_option(parser)
     options = parser.parse_args(arguments)
     few_lanes.use(options.attention)
-    parts.ENABLED, parts.BEST = options.parts, options.products
+    parts.use(options.products)
+    parts.ENABLED = options.parts
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     gbps = bandwidth(device, 4 << 30 if device.type == "cuda" else 64 << 20, 10)

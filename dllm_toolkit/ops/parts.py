@@ -38,6 +38,14 @@ TILE, PROGRAMS = 128, 132  # outputs of a tile; multiprocessors of an H100 or H2
 LEAST = 512  # inputs of a part
 
 
+def use(kernel: Kernel) -> None:
+    """Let products of few lanes be made this way from now on. Raises ValueError where it is not there. What has been compiled stays."""
+    global BEST
+    if kernel == "triton" and not has_triton():
+        raise ValueError("Triton is not installed, got kernel: triton. It comes with PyTorch's builds for CUDA. Write library.")
+    BEST = kernel
+
+
 def parts_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"]) -> int:
     """Into how many parts a compiled product is cut: 1 where it has tiles enough, or lanes enough to wait for arithmetic."""
     if not few(x):

@@ -31,3 +31,19 @@ def test_nothing_is_cut_in_eager_code() -> None:
     one, x = nn.Linear(2048, 8, bias=False), torch.randn(3, 2048)
     with torch.no_grad():
         assert torch.equal(at_once(one, x), one(x)) and torch.equal(summed(in_parts(one, x), x.dtype), one(x))
+
+
+def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "has_triton", lambda: False)
+    monkeypatch.setattr(parts, "BEST", "library")
+    with pytest.raises(ValueError, match="Triton is not installed, got kernel: triton"):
+        parts.use("triton")
+    assert parts.BEST == "library"
+    parts.use("library")
+
+
+def test_swiglu_joined_is_what_its_two_maps_say() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 48), torch.randn(14, 48)
+    gate, up = (x @ half.T for half in weight.chunk(2))
+    assert torch.allclose(parts.gated(x, weight), nn.functional.silu(gate) * up, atol=1e-5)
