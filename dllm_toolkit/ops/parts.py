@@ -117,8 +117,8 @@ def by_parts(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], parts: 
     return made.view(parts, *x.shape[:-1], outputs)
 
 
-def gated(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "2M K"]) -> Float[Tensor, "*lanes M"]:
-    """Compiled: silu of what the first half of the weights says, times what the second half says."""
+def gated(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "both K"]) -> Float[Tensor, "*lanes M"]:
+    """Compiled: silu of what the first half of the weights [2 M, K] says, times what the second half says."""
     tile = tile_for(x, weight, whole=True) if few(x) else None
     if tile is not None:
         from dllm_toolkit.ops import products_triton
