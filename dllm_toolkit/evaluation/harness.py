@@ -326,13 +326,16 @@ def main(arguments: Sequence[str] | None = None, command: Callable[[], Any] | No
     """The harness's own command line with our model in its registry. Returns an exit code."""
     try:
         register()
+        run: Callable[[], Any]
         if command is None:
             from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-            command = cli_evaluate
+            run = cli_evaluate
+        else:
+            run = command
         before, sys.argv = sys.argv, ["lm_eval", *(sys.argv[1:] if arguments is None else arguments)]
         try:
-            command()
+            run()
         finally:
             sys.argv = before
     except ToolkitError as error:
