@@ -68,7 +68,7 @@ def tile_for(x: Float[Tensor, "*lanes K"], weight: Float[Tensor, "M K"], whole: 
 
     That is where it is wished, where the lanes are more than was measured, where the tiles are too few to keep a GPU reading, and where a
     GPU has too little shared memory. whole: the two maps of SwiGLU, in one part. The sizes are the fastest of thirty for an 8B model's
-    products for 16 and 64 lanes on an H200 (benchmarks/matmul_speed.py --cuts).
+    products for 16 and 64 lanes on an H200 (docs/LOG.md; benchmarks/matmul_speed.py --cuts measures them).
     """
     if BEST == "library" or lanes_of(x) > MOST_LANES_OF_OUR_OWN:
         return None

@@ -109,6 +109,15 @@ def test_what_the_kernel_would_read_past_is_refused() -> None:
 
 
 @interpreted
+def test_a_long_context_is_cut_into_more_parts() -> None:
+    from dllm_toolkit.ops.attention_triton import tiling_for
+
+    parts = [tiling_for(32, 64, slots, 128).parts for slots in (64, 528, 1100, 2048, 4352, 100_000)]
+    assert parts == [1, 4, 5, 5, 8, 8]
+    assert [tiling_for(heads, 64, 4352, 128).parts for heads in (28, 64, 512)] == [8, 4, 1]
+
+
+@interpreted
 def test_tilings_that_no_program_can_have() -> None:
     from dllm_toolkit.ops.attention_triton import Tiling
 
